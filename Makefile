@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make run` and `make test`. Each makes its own virtual environment.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv$(VERSION)
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: run test test-fast test-slow lint format setup setup-compile clean
+
+run: setup
+	$(BIN)/python -m slmjax.quickstart --folder=runs/quickstart
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow and not medium"
+
+# Compiles the full-size programs for TPU and GPU: installs their compilers, needs no hardware.
+test-slow: setup-compile
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.installed
+
+setup-compile: $(VENV)/.installed-compile
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-compile: $(VENV)/.installed requirements-compile.txt
+	$(BIN)/pip install -q -r requirements-compile.txt
+	touch $@
+
+clean:
+	rm -rf .venv* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,37 @@
+"""Files that are whole and on disk, or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+  """Writes a file whole or not at all, making its directory where there is none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+  try:
+    file = tmp.open("wb")
+    file.write(data)
+    sync_and_close(file)
+    tmp.rename(path)
+  finally:
+    tmp.unlink(missing_ok=True)
+  sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+  """Makes a directory's entries durable."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sync_and_close(file: BinaryIO) -> None:
+  """Closes a file when its content is on disk."""
+  file.flush()
+  os.fsync(file.fileno())
+  file.close()

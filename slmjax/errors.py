@@ -1,0 +1,18 @@
+"""How every command fails: one clear line on standard error and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+  """Something the user can mend. The message is one line: what, where, what to do."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+  """Runs a command, which returns an exit code or None, and exits. A `UserError` becomes one line;
+  anything else is our fault and keeps its traceback."""
+  try:
+    sys.exit(main() or 0)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

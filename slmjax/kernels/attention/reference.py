@@ -1,0 +1,42 @@
+"""Attention as its definition says: the whole [S, T] score matrix, differentiated by JAX.
+
+B rows, S query positions, T key positions, N query heads, K key/value heads, G query heads per
+key/value head, H head width.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+  q_BSNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  q_segments_BS: jax.Array,
+  kv_segments_BT: jax.Array,
+  q_start: int | jax.Array,
+  *,
+  scale: float,
+) -> jax.Array:
+  """See `api.attention`. Memory is B x N x S x T float32."""
+  B, S, N, H = q_BSNH.shape
+  T, K = k_BTKH.shape[1:3]
+  q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
+
+  causal_ST = jnp.arange(T) <= q_start + jnp.arange(S)[:, None]
+  same_BST = q_segments_BS[:, :, None] == kv_segments_BT[:, None, :]
+  visible_BST = causal_ST & same_BST & (q_segments_BS > 0)[:, :, None]
+  visible_BKGST = visible_BST[:, None, None]
+
+  scores_BKGST = scale * jnp.einsum(
+    "bskgh,btkh->bkgst", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32
+  )
+  # A row that sees nothing has no largest score and no sum: give it finite ones, so that neither
+  # its zeros nor their gradients pass through an infinity.
+  scores_BKGST = jnp.where(visible_BKGST, scores_BKGST, jnp.finfo(jnp.float32).min)
+  top_BKGS1 = jax.lax.stop_gradient(scores_BKGST.max(axis=-1, keepdims=True))
+  weights_BKGST = jnp.where(visible_BKGST, jnp.exp(scores_BKGST - top_BKGS1), 0.0)
+  sum_BKGS1 = weights_BKGST.sum(axis=-1, keepdims=True)
+  weights_BKGST = weights_BKGST / jnp.where(sum_BKGS1 == 0.0, 1.0, sum_BKGS1)
+  o_BSKGH = jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH.astype(jnp.float32))
+  return o_BSKGH.reshape(B, S, N, H).astype(q_BSNH.dtype)
