@@ -22,31 +22,6 @@ class ConfigError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentConfig:
-  """A run of equal blocks: stacked, scanned, each applied `repeat` times in a row."""
-
-  layers: int
-  repeat: int
-  heads: int
-  kv_heads: int
-  head_width: int
-  ffn_width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The architecture. Nothing here depends on hardware or data."""
-
-  vocab_size: int
-  width: int
-  max_length: int
-  segments: tuple[SegmentConfig, ...]
-  tie_embeddings: bool
-  norm_eps: float
-  init_std: float
-
-
-@dataclasses.dataclass(frozen=True)
 class ComputeConfig:
   """How the model is computed: precision, what the backward recomputes, which kernels."""
 

@@ -47,7 +47,12 @@ class Specs:
   out_NHD: WeightSpec = WeightSpec(P("tensor", None, "fsdp"), P("tensor", None, None))
   mlp_in_DF: WeightSpec = WeightSpec(P("fsdp", "tensor"), P(None, "tensor"))
   mlp_out_FD: WeightSpec = WeightSpec(P("tensor", "fsdp"), P("tensor", None))
-  norm_D: WeightSpec = WeightSpec(P(None), P(None))
+  down_DR: WeightSpec = WeightSpec(P("fsdp", None), P(None, None))
+  up_RD: WeightSpec = WeightSpec(P(None, "fsdp"), P(None, None))
+  norm_D: P = P(None)
+  bias_F: P = P("tensor")
+  bias_NH: P = P("tensor", None)
+  series_PF: P = P(None, "tensor")
   act_BSD: P = P(ROWS, "context", None)
   act_BSNH: P = P(ROWS, "context", "tensor", None)
   tokens_BS: P = P(ROWS, "context")
@@ -71,6 +76,9 @@ class Specs:
 
   def kv_DKH(self, kv_heads: int) -> WeightSpec:
     return self.q_DNH if self.kv_split(kv_heads) else WeightSpec(P("fsdp"), P())
+
+  def bias_KH(self, kv_heads: int) -> P:
+    return self.bias_NH if self.kv_split(kv_heads) else P(None, None)
 
   def act_BTKH(self, kv_heads: int) -> P:
     return self.act_BSNH if self.kv_split(kv_heads) else P(ROWS, "context", None, None)
@@ -144,19 +152,36 @@ def take_rows(table_VD: jax.Array, ids_BS: jax.Array, specs: Specs, dtype: jnp.d
 def shard_attention(
   attend: Callable[..., jax.Array], specs: Specs, kv_heads: int
 ) -> Callable[..., jax.Array]:
-  """Runs `attend(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_start)` on each
-  device's rows and heads; `q_start` is a scalar that all devices share."""
-
-  def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
-    if not specs.kv_split(kv_heads):
-      # The query heads of this device all read one key/value head: keep that one.
-      head = jax.lax.axis_index(specs.vocab_axis) * kv_heads // specs.tensor
-      k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
-    return attend(q, k, v, *rest)
-
+  """Runs `attend(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start, window=,
+  slopes_N=)` on each device's rows and heads; `q_start` and `window` are scalars that all devices
+  share."""
   kv = specs.act_BTKH(kv_heads)
   in_specs = (specs.act_BSNH, kv, kv, specs.tokens_BS, specs.tokens_BS, P())
-  return jax.shard_map(local, in_specs=in_specs, out_specs=specs.act_BSNH)
+
+  def call(
+    *arrays: jax.Array,
+    window: jax.Array | int | None = None,
+    slopes_N: jax.Array | None = None,
+  ) -> jax.Array:
+    # What is absent or known beforehand is no argument of the island.
+    traced = {"window": (window, P()), "slopes_N": (slopes_N, P(specs.vocab_axis))}
+    traced = {name: pair for name, pair in traced.items() if isinstance(pair[0], jax.Array)}
+    fixed = {} if window is None or "window" in traced else {"window": window}
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
+      if not specs.kv_split(kv_heads):
+        # The query heads of this device all read one key/value head: keep that one.
+        head = jax.lax.axis_index(specs.vocab_axis) * kv_heads // specs.tensor
+        k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
+      positional = len(in_specs) - 3
+      extra = dict(zip(traced, rest[positional:], strict=True))
+      return attend(q, k, v, *rest[:positional], **extra, **fixed)
+
+    values, extra_specs = zip(*traced.values(), strict=True) if traced else ((), ())
+    island = jax.shard_map(local, in_specs=(*in_specs, *extra_specs), out_specs=specs.act_BSNH)
+    return island(*arrays, *values)
+
+  return call
 
 
 def data_shards(mesh: Mesh | AbstractMesh) -> int:

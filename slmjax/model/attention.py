@@ -1,18 +1,22 @@
-"""Attention layers: projections, positions and the cache around the attention kernel.
+"""Attention with heads: projections, positions and the cache around the attention kernel.
 
 Letters: B rows, S query positions, T cached positions, D model width, N query heads,
-K key/value heads, H head width, R rotation angles.
+K key/value heads, H head width.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slmjax.config import ComputeConfig, ModelConfig, SegmentConfig
+from slmjax.config import ComputeConfig
 from slmjax.kernels.attention.api import attention
 from slmjax.model import position, weights
+from slmjax.model.context import Context
+from slmjax.model.norm import AllHeadsNorm, HeadNorm
+from slmjax.model_config import AlibiPositions, HeadsAttention, ModelConfig, RotaryPositions
 from slmjax.sharding import Specs, gather, shard_attention
 
 
@@ -24,82 +28,96 @@ class KeyValues:
   k_BTKH: jax.Array
   v_BTKH: jax.Array
 
+  @classmethod
+  def empty(
+    cls, heads: HeadsAttention, specs: Specs, lead: tuple[int, ...], length: int, dtype: jnp.dtype
+  ) -> "KeyValues":
+    """Zeros; `lead` is layers, passes and rows."""
+    shape = (*lead, length, heads.kv_heads, heads.head_width)
+    spec = jax.P(None, None, *specs.act_BTKH(heads.kv_heads))
+    return cls(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-  """Where the tokens of a call stand, shared by all layers.
 
-  `segments_BS` are the queries' segment ids (0 is padding), `kv_segments_BT` the keys';
-  query i sits at index `start` + i of the keys.
-  """
-
-  cos_BSR: jax.Array
-  sin_BSR: jax.Array
-  segments_BS: jax.Array
-  kv_segments_BT: jax.Array
-  start: jax.Array
+def append(cache: object, new: object, start: jax.Array) -> object:
+  """Writes the arrays of `new` into those of `cache`, from position `start` of their axis T."""
+  return jax.tree.map(
+    lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1), cache, new
+  )
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention (arXiv 2305.13245) with rotary positions, causal inside segments.
-
-  kv_heads = heads is multi-head and kv_heads = 1 multi-query attention.
-  """
+  """Multi-head, grouped-query (arXiv 2305.13245) or multi-query attention, causal in segments."""
 
   def __init__(
     self,
     model: ModelConfig,
-    segment: SegmentConfig,
+    heads: HeadsAttention,
     compute: ComputeConfig,
     specs: Specs,
     key: jax.Array,
   ):
+    self.config = heads
+    self.positions = model.positions
     self.specs = specs
     self.implementation = compute.attention
-    self.kv_heads = segment.kv_heads
-    D, N, K, H = model.width, segment.heads, segment.kv_heads, segment.head_width
+    D, N, K, H = model.width, heads.heads, heads.kv_heads, heads.head_width
     self.kv_spec = specs.kv_DKH(K)
-    dtype, std = jnp.dtype(compute.param_dtype), model.init_std
+    dtype, init = jnp.dtype(compute.param_dtype), model.init
     q, k, v, out = jax.random.split(key, 4)
-    self.q_DNH = weights.normal(q, (D, N, H), specs.q_DNH, std, dtype)
-    self.k_DKH = weights.normal(k, (D, K, H), self.kv_spec, std, dtype)
-    self.v_DKH = weights.normal(v, (D, K, H), self.kv_spec, std, dtype)
-    self.out_NHD = weights.normal(out, (N, H, D), specs.out_NHD, std, dtype)
+    self.q_DNH = weights.normal(q, (D, N, H), specs.q_DNH, init.std, dtype)
+    self.k_DKH = weights.normal(k, (D, K, H), self.kv_spec, init.std, dtype)
+    self.v_DKH = weights.normal(v, (D, K, H), self.kv_spec, init.std, dtype)
+    self.out_NHD = weights.normal(out, (N, H, D), specs.out_NHD, init.output_std, dtype)
+    if heads.qkv_bias:
+      self.q_bias_NH = weights.zeros((N, H), specs.bias_NH, dtype)
+      self.k_bias_KH = weights.zeros((K, H), specs.bias_KH(K), dtype)
+      self.v_bias_KH = weights.zeros((K, H), specs.bias_KH(K), dtype)
+    if heads.out_bias:
+      self.out_bias_D = weights.zeros((D,), specs.norm_D, dtype)
+    if heads.qk_norm == "head":
+      self.q_norm = HeadNorm(model.norm, H, specs, dtype)
+      self.k_norm = HeadNorm(model.norm, H, specs, dtype)
+    elif heads.qk_norm == "width":
+      self.q_norm = AllHeadsNorm(model.norm, (N, H), specs.bias_NH, dtype)
+      self.k_norm = AllHeadsNorm(model.norm, (K, H), specs.bias_KH(K), dtype)
 
   def __call__(
     self, x_BSD: jax.Array, context: Context, cache: KeyValues | None
   ) -> tuple[jax.Array, KeyValues | None]:
     """Attends within x (no cache), or appends x to the cache and attends within that."""
-    dtype, specs = x_BSD.dtype, self.specs
-    q_DNH = gather(self.q_DNH[...], specs.q_DNH, dtype)
-    k_DKH = gather(self.k_DKH[...], self.kv_spec, dtype)
-    v_DKH = gather(self.v_DKH[...], self.kv_spec, dtype)
-    q_BSNH = jnp.einsum("bsd,dnh->bsnh", x_BSD, q_DNH)
-    k_BSKH = jnp.einsum("bsd,dkh->bskh", x_BSD, k_DKH)
-    v_BSKH = jnp.einsum("bsd,dkh->bskh", x_BSD, v_DKH)
-    q_BSNH = position.rotate(q_BSNH, context.cos_BSR, context.sin_BSR)
-    k_BSKH = position.rotate(k_BSKH, context.cos_BSR, context.sin_BSR)
+    heads, specs, dtype = self.config, self.specs, x_BSD.dtype
+    q_BSNH = jnp.einsum("bsd,dnh->bsnh", x_BSD, gather(self.q_DNH[...], specs.q_DNH, dtype))
+    k_BSKH = jnp.einsum("bsd,dkh->bskh", x_BSD, gather(self.k_DKH[...], self.kv_spec, dtype))
+    v_BSKH = jnp.einsum("bsd,dkh->bskh", x_BSD, gather(self.v_DKH[...], self.kv_spec, dtype))
+    if heads.qkv_bias:
+      q_BSNH = q_BSNH + self.q_bias_NH[...].astype(dtype)
+      k_BSKH = k_BSKH + self.k_bias_KH[...].astype(dtype)
+      v_BSKH = v_BSKH + self.v_bias_KH[...].astype(dtype)
+    if heads.qk_norm != "none":
+      q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
+    if isinstance(self.positions, RotaryPositions):
+      angles = (context.cos_BSR, context.sin_BSR, self.positions.layout)
+      q_BSNH, k_BSKH = (position.rotate(x, *angles) for x in (q_BSNH, k_BSKH))
 
     seen = KeyValues(k_BSKH, v_BSKH)
     if cache is not None:
-      seen = cache = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, context.start, axis=1),
-        cache,
-        seen,
-      )
-
-    def attend(*args: jax.Array) -> jax.Array:
-      H = q_BSNH.shape[-1]
-      return attention(*args, scale=H**-0.5, implementation=self.implementation)
-
-    out_BSNH = shard_attention(attend, specs, self.kv_heads)(
+      seen = cache = append(cache, seen, context.start)
+    attend = functools.partial(
+      attention, scale=heads.scale, softcap=heads.softcap, implementation=self.implementation
+    )
+    slopes_N = None
+    if isinstance(self.positions, AlibiPositions):
+      slopes_N = jnp.asarray(position.alibi_slopes(heads.heads))
+    out_BSNH = shard_attention(attend, specs, heads.kv_heads)(
       q_BSNH,
       seen.k_BTKH,
       seen.v_BTKH,
       context.segments_BS,
       context.kv_segments_BT,
       context.start,
+      window=context.window,
+      slopes_N=slopes_N,
     )
     out_NHD = gather(self.out_NHD[...], specs.out_NHD, dtype)
-    return jnp.einsum("bsnh,nhd->bsd", out_BSNH, out_NHD, out_sharding=specs.act_BSD), cache
+    out_BSD = jnp.einsum("bsnh,nhd->bsd", out_BSNH, out_NHD, out_sharding=specs.act_BSD)
+    return (out_BSD + self.out_bias_D[...].astype(dtype) if heads.out_bias else out_BSD), cache

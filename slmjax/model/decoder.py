@@ -1,7 +1,7 @@
 """The decoder: embedding, segments of equal blocks, final norm, output table.
 
-Letters: V vocabulary, L blocks of a segment, J passes through a block, B rows, S positions,
-T cached positions, D model width, K key/value heads, H head width.
+Letters: V vocabulary, E width of the tables, L blocks of a segment, J passes through a block,
+B rows, S positions, T cached positions, D model width.
 """
 
 import dataclasses
@@ -11,18 +11,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slmjax.config import ComputeConfig, ModelConfig, SegmentConfig
-from slmjax.model import position, weights
-from slmjax.model.attention import Attention, Context, KeyValues
-from slmjax.model.ffn import GatedFeedForward
-from slmjax.model.norm import RMSNorm
-from slmjax.sharding import Specs, take_rows
+from slmjax.config import ComputeConfig
+from slmjax.model import block, position, weights
+from slmjax.model.block import Block
+from slmjax.model.context import Context, LayerCache
+from slmjax.model.norm import Norm
+from slmjax.model_config import (
+  HeadsAttention,
+  LearnedPositions,
+  ModelConfig,
+  RotaryPositions,
+  SegmentConfig,
+)
+from slmjax.sharding import Specs, gather, take_rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """State of cached generation: per segment [L, J, B, T, K, H], one slot per pass of a block.
+  """State of cached generation: per segment arrays [L, J, B, ...], one slot per pass of a block.
 
   `length` is how many of the T positions are taken, in all rows alike: shorter prompts are padded
   on the left, with segment id 0.
@@ -30,33 +37,7 @@ class Cache:
 
   length: jax.Array
   segments_BT: jax.Array
-  layers: tuple[KeyValues, ...]
-
-
-class Block(nnx.Module):
-  """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-  def __init__(
-    self,
-    model: ModelConfig,
-    segment: SegmentConfig,
-    compute: ComputeConfig,
-    specs: Specs,
-    key: jax.Array,
-  ):
-    attention, ffn = jax.random.split(key)
-    dtype = jnp.dtype(compute.param_dtype)
-    self.attention_norm = RMSNorm(model.width, model.norm_eps, specs, dtype)
-    self.attention = Attention(model, segment, compute, specs, attention)
-    self.ffn_norm = RMSNorm(model.width, model.norm_eps, specs, dtype)
-    self.ffn = GatedFeedForward(model, segment, compute, specs, ffn)
-
-  def __call__(
-    self, x_BSD: jax.Array, context: Context, cache: KeyValues | None
-  ) -> tuple[jax.Array, KeyValues | None]:
-    attended_BSD, cache = self.attention(self.attention_norm(x_BSD), context, cache)
-    x_BSD = x_BSD + attended_BSD
-    return x_BSD + self.ffn(self.ffn_norm(x_BSD)), cache
+  layers: tuple[LayerCache, ...]
 
 
 class Decoder(nnx.Module):
@@ -66,19 +47,31 @@ class Decoder(nnx.Module):
     self.model = model
     self.compute = compute
     self.specs = specs
-    embed, head, blocks = jax.random.split(key, 3)
-    dtype = jnp.dtype(compute.param_dtype)
-    table = (model.vocab_size, model.width)
-    self.embed_VD = weights.normal(embed, table, specs.embed_VD, model.init_std, dtype)
+    embed, head, blocks, positions, project = jax.random.split(key, 5)
+    dtype, std = jnp.dtype(compute.param_dtype), model.init.embedding_std
+    D, E = model.width, model.embedding.width
+    table = (model.vocab_size, E)
+    self.embed_VE = weights.normal(embed, table, specs.embed_VD, std, dtype)
+    if isinstance(model.positions, LearnedPositions):
+      rows = model.max_length + model.positions.offset
+      self.position_TD = weights.normal(positions, (rows, D), specs.up_RD, std, dtype)
+    if E != D:
+      into, out = jax.random.split(project)
+      self.project_in_ED = weights.normal(into, (E, D), specs.down_DR, model.init.std, dtype)
+      self.project_out_DE = weights.normal(out, (D, E), specs.down_DR, model.init.std, dtype)
+    if model.embedding.norm:
+      self.embed_norm = Norm(model.norm, D, specs, dtype)
+    firsts = [sum(s.layers for s in model.segments[:i]) for i in range(len(model.segments))]
     self.segments = nnx.List(
       [
-        _stack(model, segment, compute, specs, jax.random.fold_in(blocks, i))
-        for i, segment in enumerate(model.segments)
+        _stack(model, segment, compute, specs, jax.random.fold_in(blocks, i), first)
+        for i, (segment, first) in enumerate(zip(model.segments, firsts, strict=True))
       ]
     )
-    self.final_norm = RMSNorm(model.width, model.norm_eps, specs, dtype)
-    if not model.tie_embeddings:
-      self.head_VD = weights.normal(head, table, specs.embed_VD, model.init_std, dtype)
+    if model.logits.norm:
+      self.final_norm = Norm(model.norm, D, specs, dtype)
+    if not model.embedding.tied:
+      self.head_VE = weights.normal(head, table, specs.embed_VD, std, dtype)
 
   def __call__(
     self,
@@ -86,21 +79,22 @@ class Decoder(nnx.Module):
     segments_BS: jax.Array,
     positions_BS: jax.Array,
     *,
-    rope_theta: float,
+    rope_theta: float | None,
     cache: Cache | None = None,
   ) -> tuple[jax.Array, Cache | None]:
-    """Final hidden states [B, S, D] in the compute dtype, and the cache with these tokens in it.
+    """Final hidden states [B, S, E] in the compute dtype, and the cache with these tokens in it.
+
+    Logits are their products with `output_VE`, soft-capped if the model has `logits.softcap`.
 
     Args:
       tokens_BS: int32 token ids.
       segments_BS: int32; tokens attend to earlier ones with their own id; 0 is padding.
       positions_BS: int32, each token's position in its segment.
-      rope_theta: base of the rotary angles, the stage's.
+      rope_theta: base of the rotary angles, the stage's; None for a model without them.
       cache: None in training; else the tokens are appended to it and attend to all it holds.
     """
-    x_BSD = take_rows(
-      self.embed_VD[...], tokens_BS, self.specs, jnp.dtype(self.compute.compute_dtype)
-    )
+    model = self.model
+    x_BSD = self._embed(tokens_BS, positions_BS)
     start = jnp.zeros((), jnp.int32)
     kv_segments_BT = segments_BS
     if cache is not None:
@@ -108,70 +102,118 @@ class Decoder(nnx.Module):
       kv_segments_BT = jax.lax.dynamic_update_slice_in_dim(
         cache.segments_BT, segments_BS, start, axis=1
       )
-    layers: list[KeyValues | None] = []
-    for i, (segment, blocks) in enumerate(zip(self.model.segments, self.segments, strict=True)):
-      cos_BSR, sin_BSR = position.rotary_angles(positions_BS, segment.head_width, rope_theta)
-      context = Context(cos_BSR, sin_BSR, segments_BS, kv_segments_BT, start)
-      keys = None if cache is None else cache.layers[i]
-      x_BSD, keys = _scan(blocks, x_BSD, context, keys, segment.repeat, self.compute.remat)
-      layers.append(keys)
+    cos_BSR, sin_BSR = None, None
+    if isinstance(model.positions, RotaryPositions):
+      assert rope_theta is not None
+      cos_BSR, sin_BSR = position.rotary_angles(positions_BS, model.positions, rope_theta)
+    context = Context(segments_BS, kv_segments_BT, start, cos_BSR, sin_BSR, window=None)
+    layers: list[LayerCache | None] = []
+    for i, (segment, blocks) in enumerate(zip(model.segments, self.segments, strict=True)):
+      kept = None if cache is None else cache.layers[i]
+      x_BSD, kept = _scan(blocks, x_BSD, context, kept, segment, self.compute.remat)
+      layers.append(kept)
     if cache is not None:
-      filled = tuple(keys for keys in layers if keys is not None)
-      cache = Cache(start + tokens_BS.shape[1], kv_segments_BT, filled)
-    return self.final_norm(x_BSD), cache
+      cache = Cache(start + tokens_BS.shape[1], kv_segments_BT, tuple(layers))
+    return self._to_output(x_BSD), cache
+
+  def _embed(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    """The residual stream before the first block."""
+    model, specs, dtype = self.model, self.specs, jnp.dtype(self.compute.compute_dtype)
+    x_BSD = take_rows(self.embed_VE[...], tokens_BS, specs, dtype)
+    if model.embedding.scale != 1.0:
+      x_BSD = x_BSD * jnp.asarray(model.embedding.scale, dtype)
+    if model.embedding.width != model.width:
+      project_in_ED = gather(self.project_in_ED[...], specs.down_DR, dtype)
+      x_BSD = jnp.einsum("bse,ed->bsd", x_BSD, project_in_ED)
+    if isinstance(model.positions, LearnedPositions):
+      rows_BS = positions_BS + model.positions.offset
+      position_TD = gather(self.position_TD[...], specs.up_RD, dtype)
+      x_BSD = x_BSD + position_TD.at[rows_BS].get(out_sharding=specs.act_BSD)
+    return self.embed_norm(x_BSD) if model.embedding.norm else x_BSD
+
+  def _to_output(self, x_BSD: jax.Array) -> jax.Array:
+    """What the output table is compared with, after the last block."""
+    model, dtype = self.model, x_BSD.dtype
+    if model.logits.norm:
+      x_BSD = self.final_norm(x_BSD)
+    if model.logits.scale != 1.0:
+      x_BSD = x_BSD * jnp.asarray(model.logits.scale, dtype)
+    if model.embedding.width == model.width:
+      return x_BSD
+    project_out_DE = gather(self.project_out_DE[...], self.specs.down_DR, dtype)
+    return jnp.einsum("bsd,de->bse", x_BSD, project_out_DE)
 
   @property
-  def output_VD(self) -> jax.Array:
+  def output_VE(self) -> jax.Array:
     """The stored table that hidden states are compared with: the embedding's if tied."""
-    return self.embed_VD[...] if self.model.tie_embeddings else self.head_VD[...]
+    return self.embed_VE[...] if self.model.embedding.tied else self.head_VE[...]
 
   def empty_cache(self, rows: int, length: int) -> Cache:
     """A cache for `rows` sequences of up to `length` tokens."""
     specs, dtype = self.specs, jnp.dtype(self.compute.compute_dtype)
-
-    def layer(segment: SegmentConfig) -> KeyValues:
-      K = segment.kv_heads
-      shape = (segment.layers, segment.repeat, rows, length, K, segment.head_width)
-      spec = jax.P(None, None, *specs.act_BTKH(K))
-      return KeyValues(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
-
     return Cache(
       length=jnp.zeros((), jnp.int32),
       segments_BT=jnp.zeros((rows, length), jnp.int32, out_sharding=specs.tokens_BS),
-      layers=tuple(layer(segment) for segment in self.model.segments),
+      layers=tuple(
+        block.empty_cache(self.model, segment, specs, rows, length, dtype)
+        for segment in self.model.segments
+      ),
     )
 
 
 def _stack(
-  model: ModelConfig, segment: SegmentConfig, compute: ComputeConfig, specs: Specs, key: jax.Array
+  model: ModelConfig,
+  segment: SegmentConfig,
+  compute: ComputeConfig,
+  specs: Specs,
+  key: jax.Array,
+  first: int,
 ) -> Block:
-  """A segment's blocks as one Block whose arrays have a leading axis L."""
+  """A segment's blocks as one Block whose arrays have a leading axis L; `first` is the index of
+  the first of them in the model."""
   keys = jax.random.split(key, segment.layers)
-  return jax.vmap(lambda k: Block(model, segment, compute, specs, k))(keys)
+  layers = first + jnp.arange(segment.layers)
+  return jax.vmap(lambda key, layer: Block(model, segment, compute, specs, key, layer))(
+    keys, layers
+  )
+
+
+def _windows(segment: SegmentConfig) -> jax.Array | int | None:
+  """The attention window of a segment's layers: one for all of them, or one each, int32[L]."""
+  if not isinstance(segment.attention, HeadsAttention):
+    return None
+  windows = segment.attention.windows
+  each = [windows[i % len(windows)] for i in range(segment.layers)]
+  if len(set(each)) > 1:
+    return jnp.asarray(each, jnp.int32)
+  return each[0] or None
 
 
 def _scan(
   blocks: Block,
   x_BSD: jax.Array,
   context: Context,
-  cache: KeyValues | None,
-  repeat: int,
+  cache: LayerCache | None,
+  segment: SegmentConfig,
   remat: str,
-) -> tuple[jax.Array, KeyValues | None]:
+) -> tuple[jax.Array, LayerCache | None]:
   """Applies a segment: each block `repeat` times in a row, each pass with its own cache slot."""
+  windows = _windows(segment)
+  per_layer = windows if isinstance(windows, jax.Array) else None
 
   def body(
-    x_BSD: jax.Array, layer: tuple[Block, KeyValues | None]
-  ) -> tuple[jax.Array, KeyValues | None]:
-    block, slots = layer
+    x_BSD: jax.Array, layer: tuple[Block, LayerCache | None, jax.Array | None]
+  ) -> tuple[jax.Array, LayerCache | None]:
+    block, slots, window = layer
+    seen = dataclasses.replace(context, window=windows if window is None else window)
     kept = []
-    for j in range(repeat):
+    for j in range(segment.repeat):
       slot = None if slots is None else jax.tree.map(lambda x, j=j: x[j], slots)
-      x_BSD, slot = block(x_BSD, context, slot)
+      x_BSD, slot = block(x_BSD, seen, slot)
       kept.append(slot)
     return x_BSD, None if slots is None else jax.tree.map(lambda *x: jnp.stack(x), *kept)
 
-  return jax.lax.scan(_rematerialise(body, remat), x_BSD, (blocks, cache))
+  return jax.lax.scan(_rematerialise(body, remat), x_BSD, (blocks, cache, per_layer))
 
 
 def _rematerialise(body: Callable, remat: str) -> Callable:

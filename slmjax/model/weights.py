@@ -1,10 +1,14 @@
 """How parameters are made: sharded from birth, so that no device ever holds a whole model."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from slmjax.sharding import WeightSpec
+
+Make = Callable[[tuple[int, ...], jax.P, jnp.dtype], nnx.Param]
 
 
 def normal(
@@ -15,5 +19,9 @@ def normal(
   return nnx.Param((std * draw).astype(dtype))
 
 
-def ones(shape: tuple[int, ...], spec: WeightSpec, dtype: jnp.dtype) -> nnx.Param:
-  return nnx.Param(jnp.ones(shape, dtype, out_sharding=spec.stored))
+def ones(shape: tuple[int, ...], spec: jax.P, dtype: jnp.dtype) -> nnx.Param:
+  return nnx.Param(jnp.ones(shape, dtype, out_sharding=spec))
+
+
+def zeros(shape: tuple[int, ...], spec: jax.P, dtype: jnp.dtype) -> nnx.Param:
+  return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec))

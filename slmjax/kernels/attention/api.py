@@ -1,11 +1,13 @@
 """Attention: one contract, several implementations.
 
-B rows, S query positions, T key positions, N query heads, K key/value heads, H head width.
+B rows, S query positions, T key positions, N query heads, K key/value heads, H width of queries
+and keys, U width of values.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from slmjax.kernels.attention import chunked, reference
@@ -25,46 +27,67 @@ _SHORT = 64
 def attention(
   q_BSNH: jax.Array,
   k_BTKH: jax.Array,
-  v_BTKH: jax.Array,
+  v_BTKU: jax.Array,
   q_segments_BS: jax.Array,
   kv_segments_BT: jax.Array,
   q_start: int | jax.Array,
   *,
   scale: float,
+  window: int | jax.Array | None = None,
+  softcap: float | None = None,
+  slopes_N: jax.Array | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
   """Causal attention within segments, on the arrays of one device (inside `jax.shard_map`).
 
   Query i has index `q_start + i` on the key axis. It sees key j if j is not after it and both have
   the same segment id, which is not 0. Segment 0 is padding: it sees nothing and nobody sees it. A
-  query that sees nothing gets zeros, and gives zero gradients.
+  query that sees nothing gets zeros, and gives zero gradients. What is None costs nothing.
 
   Args:
     q_BSNH: queries, bfloat16 or float32. Each key/value head serves N // K consecutive query heads.
     k_BTKH: keys, of the queries' dtype.
-    v_BTKH: values, of the queries' dtype.
+    v_BTKU: values, of the queries' dtype, of the same width as keys or another.
     q_segments_BS: int32, the segment of each query.
     kv_segments_BT: int32, the segment of each key.
     q_start: 0 in training, the index of the first query in the cache in generation. May be traced.
-    scale: multiplies the scores before the softmax.
+    scale: multiplies the products of queries and keys.
+    window: how many keys a query sees at most, itself included: key j only if j > i - window. May
+      be a traced int32 scalar, so that layers under one scan differ; 0 is no window.
+    softcap: with a value c scores become c tanh(scores / c) (Gemma-2, arXiv:2408.00118).
+    slopes_N: float32, ALiBi (arXiv:2108.12409): adds slope (j - i) to the scores of query i and
+      key j. Constants: their gradient is zero. Not together with softcap.
     implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose.
 
   Returns:
-    The weighted sums of values, [B, S, N, H], in the queries' dtype. Scores, softmax and sums are
+    The weighted sums of values, [B, S, N, U], in the queries' dtype. Scores, softmax and sums are
     float32.
 
   Raises:
-    ValueError: an implementation that does not exist, or shapes and dtypes that do not fit.
+    ValueError: an implementation that does not exist, shapes and dtypes that do not fit, or
+      values of window and softcap that mean nothing.
   """
-  _check(q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT)
+  _check(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
+  _check_scores(q_BSNH.shape[2], window, softcap, slopes_N)
   if implementation == "auto":
     implementation = _choose(q_BSNH.shape, k_BTKH.shape)
-  arrays = (q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT, q_start)
+  arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
+  if isinstance(window, int) and window == 0:
+    window = None
+  if window is not None:
+    # From here on a window has a width, also where a traced 0 says that there is none.
+    window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window).astype(jnp.int32)
+  if slopes_N is not None:
+    slopes_N = jax.lax.stop_gradient(slopes_N)
   if implementation == "reference":
-    return reference.attention(*arrays, scale=scale)
+    return reference.attention(
+      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N
+    )
   if implementation == "chunked":
     blocks = _CPU_BLOCKS if _platform() == "cpu" else _BLOCKS
-    return chunked.attention(*arrays, scale=scale, blocks=blocks)
+    return chunked.attention(
+      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N, blocks=blocks
+    )
   raise ValueError(
     f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
     f"{', '.join(IMPLEMENTATIONS)}"
@@ -90,21 +113,45 @@ def _platform() -> str:
 def _check(
   q_BSNH: jax.Array,
   k_BTKH: jax.Array,
-  v_BTKH: jax.Array,
+  v_BTKU: jax.Array,
   q_segments_BS: jax.Array,
   kv_segments_BT: jax.Array,
 ) -> None:
   B, _, N, H = q_BSNH.shape
   T, K = k_BTKH.shape[1:3]
   fits = (
-    k_BTKH.shape == v_BTKH.shape == (B, T, K, H)
+    k_BTKH.shape == (B, T, K, H)
+    and v_BTKU.shape[:3] == (B, T, K)
     and N % K == 0
     and q_segments_BS.shape == q_BSNH.shape[:2]
     and kv_segments_BT.shape == (B, T)
   )
   if not fits:
-    shapes = [x.shape for x in (q_BSNH, k_BTKH, v_BTKH, q_segments_BS, kv_segments_BT)]
+    shapes = [x.shape for x in (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)]
     raise ValueError(f"attention: shapes of q, k, v and segments do not fit together: {shapes}")
-  if not q_BSNH.dtype == k_BTKH.dtype == v_BTKH.dtype:
-    dtypes = [x.dtype.name for x in (q_BSNH, k_BTKH, v_BTKH)]
+  if not q_BSNH.dtype == k_BTKH.dtype == v_BTKU.dtype:
+    dtypes = [x.dtype.name for x in (q_BSNH, k_BTKH, v_BTKU)]
     raise ValueError(f"attention: q, k and v must have one dtype, got {dtypes}")
+
+
+def _check_scores(
+  heads: int,
+  window: int | jax.Array | None,
+  softcap: float | None,
+  slopes_N: jax.Array | None,
+) -> None:
+  if isinstance(window, jax.Array):
+    if window.shape != () or not jnp.issubdtype(window.dtype, jnp.integer):
+      raise ValueError(f"attention: window must be an integer scalar, got {jax.typeof(window)}")
+  elif window is not None and window < 0:
+    raise ValueError(f"attention: window must be at least 1, or 0 for none, got {window}")
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f"attention: softcap must be positive, got {softcap}")
+  if slopes_N is not None:
+    if slopes_N.shape != (heads,) or slopes_N.dtype != jnp.float32:
+      raise ValueError(
+        f"attention: slopes must be float32[{heads}], one per query head, "
+        f"got {jax.typeof(slopes_N)}"
+      )
+    if softcap is not None:
+      raise ValueError("attention: softcap and slopes are not built together")

@@ -1,36 +1,47 @@
 """Attention as its definition says: the whole [S, T] score matrix, differentiated by JAX.
 
 B rows, S query positions, T key positions, N query heads, K key/value heads, G query heads per
-key/value head, H head width.
+key/value head, H width of queries and keys, U width of values.
 """
 
 import jax
 import jax.numpy as jnp
 
+from slmjax.kernels import softcap as softcaps
+
 
 def attention(
   q_BSNH: jax.Array,
   k_BTKH: jax.Array,
-  v_BTKH: jax.Array,
+  v_BTKU: jax.Array,
   q_segments_BS: jax.Array,
   kv_segments_BT: jax.Array,
   q_start: int | jax.Array,
   *,
   scale: float,
+  window: jax.Array | None,
+  softcap: float | None,
+  slopes_N: jax.Array | None,
 ) -> jax.Array:
   """See `api.attention`. Memory is B x N x S x T float32."""
   B, S, N, H = q_BSNH.shape
   T, K = k_BTKH.shape[1:3]
   q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
 
-  causal_ST = jnp.arange(T) <= q_start + jnp.arange(S)[:, None]
+  distance_ST = q_start + jnp.arange(S)[:, None] - jnp.arange(T)
+  reach_ST = distance_ST >= 0
+  if window is not None:
+    reach_ST &= distance_ST < window
   same_BST = q_segments_BS[:, :, None] == kv_segments_BT[:, None, :]
-  visible_BST = causal_ST & same_BST & (q_segments_BS > 0)[:, :, None]
+  visible_BST = reach_ST & same_BST & (q_segments_BS > 0)[:, :, None]
   visible_BKGST = visible_BST[:, None, None]
 
   scores_BKGST = scale * jnp.einsum(
     "bskgh,btkh->bkgst", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32
   )
+  scores_BKGST = softcaps.cap(scores_BKGST, softcap)
+  if slopes_N is not None:
+    scores_BKGST -= slopes_N.reshape(K, N // K, 1, 1) * distance_ST
   # A row that sees nothing has no largest score and no sum: give it finite ones, so that neither
   # its zeros nor their gradients pass through an infinity.
   scores_BKGST = jnp.where(visible_BKGST, scores_BKGST, jnp.finfo(jnp.float32).min)
@@ -38,5 +49,5 @@ def attention(
   weights_BKGST = jnp.where(visible_BKGST, jnp.exp(scores_BKGST - top_BKGS1), 0.0)
   sum_BKGS1 = weights_BKGST.sum(axis=-1, keepdims=True)
   weights_BKGST = weights_BKGST / jnp.where(sum_BKGS1 == 0.0, 1.0, sum_BKGS1)
-  o_BSKGH = jnp.einsum("bkgst,btkh->bskgh", weights_BKGST, v_BTKH.astype(jnp.float32))
-  return o_BSKGH.reshape(B, S, N, H).astype(q_BSNH.dtype)
+  o_BSKGU = jnp.einsum("bkgst,btku->bskgu", weights_BKGST, v_BTKU.astype(jnp.float32))
+  return o_BSKGU.reshape(B, S, N, -1).astype(q_BSNH.dtype)
