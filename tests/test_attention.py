@@ -220,7 +220,10 @@ def test_chunked_with_any_blocks_equals_the_equations(data: st.DataObject) -> No
   )
   blocks = chunked.Blocks(data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
   arrays = draw(case)
-  got = run(functools.partial(chunked.attention, scale=0.3, blocks=blocks), *arrays, q_start)
+  attend = functools.partial(
+    chunked.attention, scale=0.3, window=None, softcap=None, slopes_N=None, blocks=blocks
+  )
+  got = run(attend, *arrays, q_start)
   assert_close(got, expect(*arrays, q_start, 0.3), TOLERANCE["float32"])
 
 
@@ -232,8 +235,9 @@ def test_ranges_cover_what_is_visible_and_no_more(documents: int, q_start: int) 
     ks = segments(np.random.default_rng(seed), 1, J * P, documents, padding=seed * 10)
     qs = ks[:, q_start : q_start + I * Q]
     see = reference_attention.visible(qs, ks, q_start)[0].reshape(I, Q, J, P).any(axis=(1, 3))
+    shared = chunked._Shared(jnp.int32(q_start), window=None, slopes_N=None)
     first, last = chunked._ranges(
-      jnp.asarray(qs.reshape(I, Q)), jnp.asarray(ks.reshape(J, P)), jnp.int32(q_start)
+      jnp.asarray(qs.reshape(I, Q)), jnp.asarray(ks.reshape(J, P)), shared
     )
     in_range = (np.arange(J) >= first[:, None]) & (np.arange(J) < last[:, None])
     # Ids ascend here, so that the blocks with something to see are one run of blocks.
