@@ -31,17 +31,22 @@ def draw(dtype: str) -> tuple[Any, Any, Any, Any, Any]:
   return x, w, targets, dnll, dlse
 
 
-def expect(x: Any, w: Any, targets: Any, dnll: Any, dlse: Any) -> list[np.ndarray]:
+def expect(
+  x: Any, w: Any, targets: Any, dnll: Any, dlse: Any, softcap: float | None = None
+) -> list[np.ndarray]:
   """nll, logsumexp, dx, dw from the equations."""
   w = w.astype(x.dtype)
   x, w, dnll, dlse = (np.asarray(a, np.float64) for a in (x, w, dnll, dlse))
-  logits = x @ w.T
+  products = x @ w.T
+  logits = products if softcap is None else softcap * np.tanh(products / softcap)
   top = logits.max(axis=-1, keepdims=True)
   lse = (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))[..., 0]
   nll = lse - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   softmax = np.exp(logits - lse[..., None])
   dlogits = softmax * (dnll + dlse)[..., None]
   dlogits -= np.eye(V)[targets] * dnll[..., None]
+  if softcap is not None:
+    dlogits /= np.cosh(products / softcap) ** 2
   return [nll, lse, dlogits @ w, np.einsum("bsv,bsd->vd", dlogits, x)]
 
 
@@ -88,6 +93,22 @@ class TestConformance:
       # The outputs are sums of exact products of the inputs, whatever their dtype.
       tolerances = [TOLERANCE["float32"]] * 2 + [TOLERANCE[dtype]] * 2
       assert_close(got, expect(*arrays), tolerances)
+
+  # Products of x and w are of order 4 here and at most 20: a cap of 5 bends most and flattens some.
+  @pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("float32", (1, 1, 1, 1)), ("float32", (1, 2, 1, 2)), ("bfloat16", (2, 1, 1, 2))],
+  )
+  def test_softcap_equals_the_equations(
+    self, implementation: str, dtype: str, shape: tuple[int, ...], enter_mesh: Any
+  ) -> None:
+    arrays = draw(dtype)
+    with enter_mesh(shape) as specs:
+      tokens = B * S // (shape[0] * shape[1])
+      options = {"implementation": implementation, "slice_elements": 256 * tokens}
+      got = run(specs, arrays, softcap=5.0, **options)
+      tolerances = [TOLERANCE["float32"]] * 2 + [TOLERANCE[dtype]] * 2
+      assert_close(got, expect(*arrays, softcap=5.0), tolerances)
 
   def test_logits_far_from_zero(self, implementation: str, enter_mesh: Any) -> None:
     x, w, *rest = draw("float32")
@@ -157,6 +178,11 @@ def test_a_name_that_is_not_built_raises_with_the_list(enter_mesh: Any) -> None:
     pytest.raises(ValueError, match=r"'pallas_tpu' does not exist: .* reference, chunked"),
   ):
     run(specs, draw("float32"), implementation="pallas_tpu")
+
+
+def test_a_softcap_that_is_not_positive_raises(enter_mesh: Any) -> None:
+  with enter_mesh((1, 1, 1, 1)) as specs, pytest.raises(ValueError, match="got 0"):
+    run(specs, draw("float32"), softcap=0.0)
 
 
 def test_shapes_that_do_not_fit_raise(enter_mesh: Any) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slmjax.kernels import manual, softcap
+from slmjax.kernels import capping, manual
 
 # Scores of invisible pairs. Finite, so that a row of which nothing is visible yet has differences
 # of scores that are numbers; far below any real score, so that its exponential is exactly zero.
@@ -193,7 +193,7 @@ def _row_backward(
       dweights_KGQP = _einsum("kgqu,kpu->kgqp", do_KGQU, v_KPU)
       dscores_KGQP = weights_KGQP * (dweights_KGQP - delta_KGQ1)
       if static.softcap is not None:
-        dscores_KGQP *= softcap.slope(capped_KGQP, static.softcap)
+        dscores_KGQP *= capping.slope(capped_KGQP, static.softcap)
       dscores_KGQP = dscores_KGQP.astype(dtype)
       dv_KPU = _einsum("kgqp,kgqu->kpu", weights_KGQP.astype(dtype), do_KGQU)
       dk_KPH = _einsum("kgqp,kgqh->kph", dscores_KGQP, q_KGQH)
@@ -233,7 +233,7 @@ def _scores(
   """The scores of a block of queries and one of keys, and what they were before masking."""
   K, G = q_KGQH.shape[:2]
   scores_KGQP = static.scale * _einsum("kgqh,kph->kgqp", q_KGQH, k_KPH)
-  scores_KGQP = softcap.cap(scores_KGQP, static.softcap)
+  scores_KGQP = capping.cap(scores_KGQP, static.softcap)
   q_position_Q = row.shared.q_start + i * static.blocks.queries + jnp.arange(static.blocks.queries)
   kv_position_P = j * static.blocks.keys + jnp.arange(static.blocks.keys)
   if row.shared.slopes_N is not None:

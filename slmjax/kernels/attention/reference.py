@@ -7,7 +7,7 @@ key/value head, H width of queries and keys, U width of values.
 import jax
 import jax.numpy as jnp
 
-from slmjax.kernels import softcap as softcaps
+from slmjax.kernels import capping
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
   scores_BKGST = scale * jnp.einsum(
     "bskgh,btkh->bkgst", q_BSKGH, k_BTKH, preferred_element_type=jnp.float32
   )
-  scores_BKGST = softcaps.cap(scores_BKGST, softcap)
+  scores_BKGST = capping.cap(scores_BKGST, softcap)
   if slopes_N is not None:
     scores_BKGST -= slopes_N.reshape(K, N // K, 1, 1) * distance_ST
   # A row that sees nothing has no largest score and no sum: give it finite ones, so that neither

@@ -15,13 +15,22 @@ import math
 import jax
 import jax.numpy as jnp
 
-from slmjax.kernels import manual
+from slmjax.kernels import capping, manual
 from slmjax.sharding import Specs
 
 _Three = tuple[jax.Array, jax.Array, jax.Array]
 
 # A slice's width is a multiple of this: a whole number of lanes and of matrix unit columns.
 _LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What the compiled program depends on."""
+
+  specs: Specs
+  softcap: float | None
+  slice_elements: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,7 @@ def cross_entropy(
   targets_BS: jax.Array,
   *,
   specs: Specs,
+  softcap: float | None,
   slice_elements: int,
 ) -> tuple[jax.Array, jax.Array]:
   """See `api.cross_entropy`.
@@ -62,15 +72,16 @@ def cross_entropy(
   Temporaries on each device: a few slices of logits, a slice of the table at full width, and for
   the backward float32 gradients of its own tokens and of its own shard of the table.
   """
-  return _cross_entropy(specs, slice_elements, x_BSD, w_VD, targets_BS)
+  return _cross_entropy(_Static(specs, softcap, slice_elements), x_BSD, w_VD, targets_BS)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-  specs: Specs, slice_elements: int, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
+  static: _Static, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  specs = static.specs
   island = jax.shard_map(
-    functools.partial(_local_forward, specs, slice_elements),
+    functools.partial(_local_forward, static),
     in_specs=(specs.act_BSD, specs.embed_VD.stored, specs.tokens_BS),
     out_specs=(specs.tokens_BS, specs.tokens_BS),
   )
@@ -78,21 +89,21 @@ def _cross_entropy(
 
 
 def _forward(
-  specs: Specs, slice_elements: int, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
+  static: _Static, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-  nll_BS, logsumexp_BS = _cross_entropy(specs, slice_elements, x_BSD, w_VD, targets_BS)
+  nll_BS, logsumexp_BS = _cross_entropy(static, x_BSD, w_VD, targets_BS)
   return (nll_BS, logsumexp_BS), (x_BSD, w_VD, targets_BS, logsumexp_BS)
 
 
 def _backward(
-  specs: Specs,
-  slice_elements: int,
+  static: _Static,
   saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
   cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None]:
+  specs = static.specs
   tokens_BS = specs.tokens_BS
   island = jax.shard_map(
-    functools.partial(_local_backward, specs, slice_elements),
+    functools.partial(_local_backward, static),
     in_specs=(specs.act_BSD, specs.embed_VD.stored, *[tokens_BS] * 4),
     out_specs=(specs.act_BSD, specs.embed_VD.stored),
   )
@@ -103,16 +114,17 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _local_forward(
-  specs: Specs, slice_elements: int, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
+  static: _Static, x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  specs = static.specs
   x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-  slices = _Slices.fit(w_VD.shape[0], x_RD.shape[0], slice_elements)
+  slices = _Slices.fit(w_VD.shape[0], x_RD.shape[0], static.slice_elements)
   columns_R = _columns(specs, targets_BS, w_VD)
 
   def fold(carry: _Three, i: jax.Array) -> tuple[_Three, None]:
     top_R, sum_R, target_R = carry
     w_CD = _gather_slice(specs, slices, w_VD, i, x_RD.dtype)
-    logits_RC = slices.hide_stale(i, _logits(x_RD, w_CD), -jnp.inf)
+    logits_RC = slices.hide_stale(i, _logits(static, x_RD, w_CD), -jnp.inf)
     new_top_R = jnp.maximum(top_R, logits_RC.max(axis=-1))
     sum_R = sum_R * jnp.exp(top_R - new_top_R)
     sum_R = sum_R + jnp.exp(logits_RC - new_top_R[:, None]).sum(axis=-1)
@@ -134,8 +146,7 @@ def _local_forward(
 
 
 def _local_backward(
-  specs: Specs,
-  slice_elements: int,
+  static: _Static,
   x_BSD: jax.Array,
   w_VD: jax.Array,
   targets_BS: jax.Array,
@@ -143,8 +154,9 @@ def _local_backward(
   dnll_BS: jax.Array,
   dlogsumexp_BS: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+  specs = static.specs
   x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-  slices = _Slices.fit(w_VD.shape[0], x_RD.shape[0], slice_elements)
+  slices = _Slices.fit(w_VD.shape[0], x_RD.shape[0], static.slice_elements)
   columns_R = _columns(specs, targets_BS, w_VD)
   logsumexp_R1, dnll_R1 = logsumexp_BS.reshape(-1, 1), dnll_BS.reshape(-1, 1)
   # Each output's derivative by the logits has the softmax; that of nll also minus the target's 1.
@@ -155,9 +167,12 @@ def _local_backward(
   ) -> tuple[tuple[jax.Array, jax.Array], None]:
     dx_RD, dw_VD = carry
     w_CD = _gather_slice(specs, slices, w_VD, i, x_RD.dtype)
-    softmax_RC = jnp.exp(_logits(x_RD, w_CD) - logsumexp_R1)
+    logits_RC = _logits(static, x_RD, w_CD)
+    softmax_RC = jnp.exp(logits_RC - logsumexp_R1)
     is_target_RC = (columns_R - slices.start(i))[:, None] == jnp.arange(slices.width)
     dlogits_RC = softmax_RC * dsoftmax_R1 - jnp.where(is_target_RC, dnll_R1, 0.0)
+    if static.softcap is not None:
+      dlogits_RC *= capping.slope(logits_RC, static.softcap)
     dlogits_RC = slices.hide_stale(i, dlogits_RC, 0.0).astype(x_RD.dtype)
     dx_RD = dx_RD + jnp.einsum("rc,cd->rd", dlogits_RC, w_CD, preferred_element_type=jnp.float32)
     dw_CD = jnp.einsum("rc,rd->cd", dlogits_RC, x_RD, preferred_element_type=jnp.float32)
@@ -191,5 +206,6 @@ def _gather_slice(
   return jax.lax.all_gather(w_CD.astype(dtype), specs.fsdp_axis, axis=1, tiled=True)
 
 
-def _logits(x_RD: jax.Array, w_CD: jax.Array) -> jax.Array:
-  return jnp.einsum("rd,cd->rc", x_RD, w_CD, preferred_element_type=jnp.float32)
+def _logits(static: _Static, x_RD: jax.Array, w_CD: jax.Array) -> jax.Array:
+  logits_RC = jnp.einsum("rd,cd->rc", x_RD, w_CD, preferred_element_type=jnp.float32)
+  return capping.cap(logits_RC, static.softcap)

@@ -7,14 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import sharding
+from slmjax.kernels import capping
 
 
 def cross_entropy(
-  x_BSD: jax.Array, w_VD: jax.Array, targets_BS: jax.Array, *, specs: sharding.Specs
+  x_BSD: jax.Array,
+  w_VD: jax.Array,
+  targets_BS: jax.Array,
+  *,
+  specs: sharding.Specs,
+  softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """See `api.cross_entropy`. Memory is B x S x V float32, spread like tokens and vocabulary."""
   w_VD = sharding.gather(w_VD, specs.embed_VD, x_BSD.dtype)
   logits_BSV = jnp.einsum("bsd,vd->bsv", x_BSD, w_VD, preferred_element_type=jnp.float32)
+  logits_BSV = capping.cap(logits_BSV, softcap)
   logsumexp_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
   is_target_BSV = targets_BS[..., None] == jnp.arange(w_VD.shape[0])
   target_BS = jnp.where(is_target_BSV, logits_BSV, 0.0).sum(axis=-1)
