@@ -20,6 +20,9 @@ and the learning rate after warm-up, documents not attending to one another.
 
 from ml_collections import ConfigDict
 
+from slmjax import families
+from slmjax.architecture import normal
+
 VARIANTS = ("", "tiny")
 
 
@@ -36,18 +39,18 @@ def _full() -> ConfigDict:
   c = ConfigDict()
   c.name = "fox1"
   c.seed = 0
-  c.model = dict(
+  c.model = families.llama(
     vocab_size=256_000,  # Gemma's SentencePiece model
     width=2048,
+    layers=32,
+    heads=16,
+    kv_heads=4,
+    ffn=4096,
     max_length=8192,
-    # A run of equal blocks; layer-wise scaled models have many.
-    segments=(
-      dict(layers=32, repeat=1, heads=16, kv_heads=4, head_width=128, ffn_width=4096),
-    ),
-    tie_embeddings=True,
-    norm_eps=1e-5,
-    init_std=0.02,
-  )  # fmt: skip
+    tied=True,
+    eps=1e-5,
+    init=normal(0.02),
+  )
   c.compute = dict(
     param_dtype="float32",
     compute_dtype="bfloat16",
@@ -138,12 +141,17 @@ def _tiny() -> ConfigDict:
   """Fox-1's stages at a million parameters, lengths divided by 32; [ours] throughout."""
   c = _full()
   c.name = "fox1_tiny"
-  c.model.update(
+  c.model = families.llama(
     vocab_size=4096,
     width=128,
+    layers=4,
+    heads=4,
+    kv_heads=1,
+    ffn=256,
     max_length=512,
-    segments=(dict(layers=4, repeat=1, heads=4, kv_heads=1, head_width=32, ffn_width=256),),
-    init_std=0.08,
+    tied=True,
+    eps=1e-5,
+    init=normal(0.08),
   )
   # A CPU need not have bfloat16; recomputing a block is cheaper here than keeping it.
   c.compute.update(compute_dtype="float32", remat="block")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from slmjax.errors import UserError
+from slmjax.model_config import ModelConfig
 
 
 class ConfigError(UserError):
@@ -89,7 +90,8 @@ class StageConfig:
 
   `tokens` is the budget: the stage takes as many whole steps as fit. `microbatch_rows` is how many
   rows each data shard (a coordinate of replica x fsdp) holds at once; the rest of the batch is
-  accumulated. `optimizer_state` says what happens to Adam's moments on entry.
+  accumulated. `rope_theta` is the base of rotary positions, None for a model without them.
+  `optimizer_state` says what happens to Adam's moments on entry.
   """
 
   name: str
@@ -98,7 +100,7 @@ class StageConfig:
   microbatch_rows: int
   sources: Mapping[str, MixtureConfig]
   isolate_documents: bool
-  rope_theta: float
+  rope_theta: float | None
   learning_rate: LearningRateConfig
   optimizer_state: Literal["keep", "reset"]
 

@@ -40,7 +40,7 @@ class Evaluator:
     self._step = jax.jit(eval_step, static_argnames="rope_theta")
 
   def store(
-    self, model: Decoder, store: TokenStore, tokens: int, rope_theta: float, isolate: bool
+    self, model: Decoder, store: TokenStore, tokens: int, rope_theta: float | None, isolate: bool
   ) -> dict[str, Any]:
     """Evaluates the first whole documents of a store that fit into `tokens` (at least one)."""
     ends = np.append(np.asarray(store.document_starts[1:], np.int64), store.tokens)
@@ -51,7 +51,7 @@ class Evaluator:
     return {"documents": documents, **figures(nats, len(ids) - 1, text_bytes)}
 
   def nats(
-    self, model: Decoder, ids: np.ndarray, eos_id: int, rope_theta: float, isolate: bool
+    self, model: Decoder, ids: np.ndarray, eos_id: int, rope_theta: float | None, isolate: bool
   ) -> float:
     """Summed negative log-likelihood of ids[1:], each from the ids before it in its row."""
     total = 0.0  # float64 over float32 sums of one batch

@@ -6,11 +6,21 @@ counted causal (half of the square); recomputation is not counted (it is not use
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slmjax.config import Config, ModelConfig, SegmentConfig, StageConfig
+from slmjax.config import Config, StageConfig
+from slmjax.model_config import (
+  FeedForward,
+  HeadsAttention,
+  LatentAttention,
+  ModelConfig,
+  RotaryPositions,
+  SegmentConfig,
+)
+from slmjax.parameters import block_matrices, block_parameters, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,29 +66,28 @@ CHIPS = {
 }
 
 
-def block_parameters(model: ModelConfig, segment: SegmentConfig) -> int:
-  """Parameters of one block: projections, gated feed-forward, two norms."""
-  d, h = model.width, segment.head_width
-  attention = d * h * (2 * segment.heads + 2 * segment.kv_heads)
-  return attention + 3 * d * segment.ffn_width + 2 * d
-
-
-def parameters(model: ModelConfig) -> int:
-  """Every trained number, counted once."""
-  tables = model.vocab_size * model.width * (1 if model.tie_embeddings else 2)
-  blocks = sum(s.layers * block_parameters(model, s) for s in model.segments)
-  return tables + blocks + model.width
-
-
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
   """Forward FLOPs per token in rows of `length` tokens without document boundaries."""
-  total = 2.0 * model.vocab_size * model.width
+  d, e = model.width, model.embedding.width
+  total = 2.0 * model.vocab_size * e + (4.0 * d * e if d != e else 0.0)
   for s in model.segments:
-    passes = s.layers * s.repeat
-    weights = block_parameters(model, s) - 2 * model.width
-    attention = 2 * s.heads * s.head_width * length  # scores and values, half of the square
-    total += passes * (2.0 * weights + attention)
+    attention = sum(_attention_flops(model, s.attention, i, length) for i in range(s.layers))
+    total += s.repeat * (s.layers * 2.0 * block_matrices(model, s) + attention)
   return total
+
+
+def _attention_flops(model: ModelConfig, attention: Any, layer: int, length: int) -> float:
+  """Of scores and weighted values in one layer, averaged over the tokens of a row."""
+  if isinstance(attention, HeadsAttention):
+    window = attention.windows[layer % len(attention.windows)] or length
+    window = min(window, length)
+    keys = window - window * window / (2 * length)  # half of the square, the window's corner cut
+    return 4.0 * attention.heads * attention.head_width * keys
+  if isinstance(attention, LatentAttention):
+    assert isinstance(model.positions, RotaryPositions)
+    width = attention.content_width + model.positions.width + attention.value_width
+    return attention.heads * width * length
+  return 0.0  # RWKV: a few products per channel, nothing that grows with the length
 
 
 def train_flops_per_token(model: ModelConfig, stage: StageConfig) -> float:
@@ -115,9 +124,7 @@ def memory(config: Config, stage: StageConfig, mesh: tuple[int, ...]) -> MemoryE
   tokens = stage.microbatch_rows * stage.row_length // context
   passes = sum(s.layers * s.repeat for s in model.segments)
   largest = max(model.segments, key=lambda s: block_parameters(model, s))
-  width = (
-    model.width * 6 + (3 * largest.ffn_width + 4 * largest.heads * largest.head_width) // tensor
-  )
+  width = model.width * 6 + _inner_width(largest) // tensor
   saved = {"block": model.width * passes, "dots": width * passes // 2, "none": width * passes}
   return MemoryEstimate(
     state=shard * param_bytes * 3,
@@ -125,6 +132,17 @@ def memory(config: Config, stage: StageConfig, mesh: tuple[int, ...]) -> MemoryE
     activations=tokens * item * (saved[compute.remat] + 2 * width),
     gathered=block_parameters(model, largest) // tensor * item * 2,
   )
+
+
+def _inner_width(segment: SegmentConfig) -> int:
+  """Numbers per token that a block's projections produce."""
+  attention, ffn = segment.attention, segment.ffn
+  copies = 3 if isinstance(ffn, FeedForward) and ffn.gated else 2
+  if isinstance(attention, HeadsAttention):
+    return copies * ffn.width + 4 * attention.heads * attention.head_width
+  if isinstance(attention, LatentAttention):
+    return copies * ffn.width + 6 * attention.heads * attention.content_width
+  return copies * ffn.width + 6 * attention.width
 
 
 def chip(kind: str) -> Chip | None:

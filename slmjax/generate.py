@@ -49,7 +49,7 @@ def generate(
   prompts: Sequence[Sequence[int]],
   tokens: int,
   *,
-  rope_theta: float,
+  rope_theta: float | None,
   stop_ids: Sequence[int],
   sampling: Sampling,
   seed: int,
@@ -110,7 +110,7 @@ def _sample(
   stop_ids: jax.Array,
   *,
   tokens: int,
-  rope_theta: float,
+  rope_theta: float | None,
   sampling: Sampling,
 ) -> jax.Array:
   """Prompt in one pass, then one token at a time until all rows have stopped: [B, tokens]."""
@@ -151,9 +151,11 @@ def _sample(
 
 def _logits(model: Decoder, hidden_BSD: jax.Array) -> jax.Array:
   """Scores of the token after the last position, [B, V] in float32, whole on each device."""
-  table_VD = sharding.whole(model.output_VD.astype(hidden_BSD.dtype))
+  table_VD = sharding.whole(model.output_VE.astype(hidden_BSD.dtype))
   last_BD = sharding.whole(hidden_BSD)[:, -1]
-  return jnp.einsum("bd,vd->bv", last_BD, table_VD, preferred_element_type=jnp.float32)
+  logits_BV = jnp.einsum("bd,vd->bv", last_BD, table_VD, preferred_element_type=jnp.float32)
+  softcap = model.model.logits.softcap
+  return logits_BV if softcap is None else softcap * jnp.tanh(logits_BV / softcap)
 
 
 def _draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

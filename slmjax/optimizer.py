@@ -23,15 +23,17 @@ def is_matrix(tree: object) -> object:
   """True for each array that weight decay acts on: all but norms and other vectors.
 
   A parameter's name ends in the letters of its shape (`q_DNH`, `scale_D`), without the axis that
-  stacking adds, so the name tells a matrix where the rank of a stacked vector cannot.
+  stacking adds, so the name tells a matrix where the rank of a stacked vector cannot. Biases and
+  scales that are kept per head (`q_bias_NH`, `scale_NH`) are vectors too.
   """
 
   def matrix(path: tuple[object, ...], _: object) -> bool:
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    suffix = next(n for n in reversed(names) if n != "value").rpartition("_")[2]
+    name = next(n for n in reversed(names) if n != "value")
+    suffix = name.rpartition("_")[2]
     if not suffix.isupper():
       raise ValueError(f"parameter {'.'.join(names)} needs a shape suffix, as in q_DNH")
-    return len(suffix) > 1
+    return len(suffix) > 1 and not {"bias", "scale"} & set(name.split("_"))
 
   return jax.tree_util.tree_map_with_path(matrix, tree)
 

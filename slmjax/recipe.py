@@ -82,6 +82,8 @@ def _override(raw: ConfigDict, line: str) -> None:
 
 def _as_type_of(value: Any, text: str, path: str) -> Any:
   kind = type(value)
+  if value is None:
+    raise UserError(f"--config.{path} is None in the recipe; give it a value there, with its type")
   if kind is bool and text.lower() in ("true", "false"):
     return text.lower() == "true"
   try:

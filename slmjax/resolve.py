@@ -12,14 +12,10 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from slmjax.config import (
-  Config,
-  ConfigError,
-  MeshConfig,
-  ModelConfig,
-  OptimizerConfig,
-  StageConfig,
-)
+from slmjax.checks import divides, positive, require
+from slmjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, StageConfig
+from slmjax.model_config import RotaryPositions
+from slmjax.resolve_model import check_model, check_model_on_mesh
 
 
 def resolve(raw: Any) -> Config:
@@ -38,6 +34,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   origin = typing.get_origin(kind)
+  if origin is types.UnionType:
+    return _convert_union(typing.get_args(kind), value, path)
   if dataclasses.is_dataclass(kind):
     return _convert_dataclass(kind, value, path)
   if origin is Literal:
@@ -65,6 +63,23 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
   return value
 
 
+def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+  """`X | None`, or one of several dataclasses, told apart by their field `kind`."""
+  if value is None and types.NoneType in kinds:
+    return None
+  options = [kind for kind in kinds if kind is not types.NoneType]
+  if len(options) == 1:
+    return _convert(options[0], value, path)
+  if not isinstance(value, Mapping):
+    raise ConfigError(f"{path} must be a mapping, got {type(value).__name__} {value!r}")
+  names = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in options}
+  if value.get("kind") not in names:
+    raise ConfigError(
+      f"{path}.kind is {value.get('kind')!r}; choose one of {', '.join(map(repr, names))}"
+    )
+  return _convert_dataclass(names[value["kind"]], value, path)
+
+
 def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
   if not isinstance(value, Mapping):
     raise ConfigError(f"{path} must be a mapping, got {type(value).__name__} {value!r}")
@@ -80,81 +95,50 @@ def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:
   )
 
 
-def _require(condition: bool, message: str) -> None:
-  if not condition:
-    raise ConfigError(message)
-
-
-def _positive(owner: Any, path: str, *names: str) -> None:
-  for name in names:
-    value = getattr(owner, name)
-    _require(value > 0, f"{path}.{name} is {value}; it must be above 0")
-
-
-def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-  _require(
-    value % divisor == 0,
-    f"{divisor_name} {divisor} does not divide {name} {value} (remainder {value % divisor})",
-  )
-
-
 def _check(config: Config) -> None:
-  _check_model(config.model)
+  check_model(config.model)
   _check_optimizer(config.optimizer)
   _check_mesh(config.mesh)
-  _require(config.seed >= 0, f"config.seed is {config.seed}; it must not be negative")
-  _positive(config.checkpoint, "config.checkpoint", "every_steps", "keep")
-  _positive(config.eval, "config.eval", "every_steps", "tokens_per_source", "row_length", "rows")
-  _require(
+  require(config.seed >= 0, f"config.seed is {config.seed}; it must not be negative")
+  positive(config.checkpoint, "config.checkpoint", "every_steps", "keep")
+  positive(config.eval, "config.eval", "every_steps", "tokens_per_source", "row_length", "rows")
+  require(
     config.eval.row_length <= config.model.max_length,
     f"config.eval.row_length {config.eval.row_length} is above config.model.max_length "
     f"{config.model.max_length}",
   )
   for name, source in config.data.sources.items():
-    _positive(source, f"config.data.sources.{name}", "max_epochs")
+    positive(source, f"config.data.sources.{name}", "max_epochs")
   names = [stage.name for stage in config.stages]
-  _require(len(set(names)) == len(names), f"config.stages have equal names: {', '.join(names)}")
+  require(len(set(names)) == len(names), f"config.stages have equal names: {', '.join(names)}")
   for i, stage in enumerate(config.stages):
     _check_stage(config, stage, f"config.stages[{i}] ({stage.name})")
   for name in config.data.sources:
-    _require(
+    require(
       any(name in stage.sources for stage in config.stages),
       f"config.data.sources.{name} is in no stage's sources; add it to one or remove it",
     )
 
 
-def _check_model(model: ModelConfig) -> None:
-  path = "config.model"
-  _positive(model, path, "vocab_size", "width", "max_length", "norm_eps", "init_std")
-  for i, segment in enumerate(model.segments):
-    where = f"{path}.segments[{i}]"
-    _positive(segment, where, *(f.name for f in dataclasses.fields(segment)))
-    _divides(f"{where}.kv_heads", segment.kv_heads, f"{where}.heads", segment.heads)
-    _require(
-      segment.head_width % 2 == 0,
-      f"{where}.head_width is {segment.head_width}; rotary positions need an even width",
-    )
-
-
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
   path = "config.optimizer"
-  _positive(optimizer, path, "eps", "clip_norm")
+  positive(optimizer, path, "eps", "clip_norm")
   for name in ("beta1", "beta2"):
     value = getattr(optimizer, name)
-    _require(0 <= value < 1, f"{path}.{name} is {value}; it must lie in [0, 1)")
+    require(0 <= value < 1, f"{path}.{name} is {value}; it must lie in [0, 1)")
   for name in ("weight_decay", "z_loss"):
     value = getattr(optimizer, name)
-    _require(value >= 0, f"{path}.{name} is {value}; it must not be negative")
+    require(value >= 0, f"{path}.{name} is {value}; it must not be negative")
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
-  _require(
+  require(
     mesh.fsdp > 0 or mesh.fsdp == -1,
     f"config.mesh.fsdp is {mesh.fsdp}; give a count or -1 for the devices that are left",
   )
   axes = [f.name for f in dataclasses.fields(mesh)]
-  _positive(dataclasses.replace(mesh, fsdp=max(mesh.fsdp, 1)), "config.mesh", *axes)
-  _require(
+  positive(dataclasses.replace(mesh, fsdp=max(mesh.fsdp, 1)), "config.mesh", *axes)
+  require(
     mesh.context == 1,
     f"config.mesh.context is {mesh.context}; sequences are not split over devices yet: set it to 1 "
     "and use fsdp or tensor",
@@ -162,32 +146,43 @@ def _check_mesh(mesh: MeshConfig) -> None:
 
 
 def _check_stage(config: Config, stage: StageConfig, path: str) -> None:
-  _positive(stage, path, "tokens", "batch_tokens", "microbatch_rows", "rope_theta")
+  positive(stage, path, "tokens", "batch_tokens", "microbatch_rows")
+  if isinstance(config.model.positions, RotaryPositions):
+    require(
+      stage.rope_theta is not None, f"{path}.rope_theta is None; rotary positions need a base"
+    )
+    positive(stage, path, "rope_theta")
+  else:
+    require(
+      stage.rope_theta is None,
+      f"{path}.rope_theta is {stage.rope_theta}, but the model has no rotary positions; set it to "
+      "None",
+    )
   for name, mixture in stage.sources.items():
     where = f"{path}.sources.{name}"
     known = ", ".join(config.data.sources)
-    _require(name in config.data.sources, f"{where} is not one of config.data.sources: {known}")
-    _positive(mixture, where, "chunk")
-    _require(mixture.weight >= 0, f"{where}.weight is {mixture.weight}; it must not be negative")
-    _require(
+    require(name in config.data.sources, f"{where} is not one of config.data.sources: {known}")
+    positive(mixture, where, "chunk")
+    require(mixture.weight >= 0, f"{where}.weight is {mixture.weight}; it must not be negative")
+    require(
       stage.row_length % mixture.chunk == 0,
       f"{where}.chunk {mixture.chunk} does not divide the row: {stage.row_length} = "
       f"{stage.row_length // mixture.chunk} x {mixture.chunk} + "
       f"{stage.row_length % mixture.chunk}; the row is the stage's longest chunk",
     )
   total = sum(mixture.weight for mixture in stage.sources.values())
-  _require(total > 0, f"{path}.sources: the weights sum to {total}; at least one must be above 0")
-  _require(
+  require(total > 0, f"{path}.sources: the weights sum to {total}; at least one must be above 0")
+  require(
     stage.row_length <= config.model.max_length,
     f"{path}: a row of {stage.row_length} tokens is above config.model.max_length "
     f"{config.model.max_length}",
   )
-  _require(
+  require(
     stage.batch_tokens % stage.row_length == 0,
     f"{path}.batch_tokens {stage.batch_tokens} is not whole rows: {stage.rows} x "
     f"{stage.row_length} + {stage.batch_tokens % stage.row_length}",
   )
-  _require(
+  require(
     stage.steps > 0,
     f"{path}.tokens {stage.tokens} does not pay for one batch of {stage.batch_tokens} tokens",
   )
@@ -198,28 +193,28 @@ def _check_learning_rate(stage: StageConfig, path: str) -> None:
   rate = stage.learning_rate
   for name in ("start", "peak", "end", "warmup_steps", "decay_steps"):
     value = getattr(rate, name)
-    _require(value >= 0, f"{path}.{name} is {value}; it must not be negative")
-  _require(rate.peak > 0, f"{path}.peak is {rate.peak}: the stage would not train")
-  _require(rate.end <= rate.peak, f"{path}: end {rate.end} is above peak {rate.peak}")
+    require(value >= 0, f"{path}.{name} is {value}; it must not be negative")
+  require(rate.peak > 0, f"{path}.peak is {rate.peak}: the stage would not train")
+  require(rate.end <= rate.peak, f"{path}: end {rate.end} is above peak {rate.peak}")
   # A number that the shape does not read would be a dead knob.
   if rate.warmup_steps == 0:
-    _require(
+    require(
       rate.start == rate.peak,
       f"{path}: start {rate.start} is not peak {rate.peak}; without warmup they must be equal",
     )
   if rate.shape == "constant":
-    _require(
+    require(
       rate.end == rate.peak,
       f"{path}: end {rate.end} is not peak {rate.peak}; with shape 'constant' they must be equal",
     )
   if rate.shape == "wsd":
-    _require(rate.decay_steps > 0, f"{path}.decay_steps is 0; shape 'wsd' needs it above 0")
+    require(rate.decay_steps > 0, f"{path}.decay_steps is 0; shape 'wsd' needs it above 0")
   else:
-    _require(
+    require(
       rate.decay_steps == 0,
       f"{path}.decay_steps is {rate.decay_steps}; only shape 'wsd' reads it: set it to 0",
     )
-  _require(
+  require(
     rate.warmup_steps + rate.decay_steps <= stage.steps,
     f"{path}: warmup_steps {rate.warmup_steps} + decay_steps {rate.decay_steps} are more than the "
     f"stage's {stage.steps} steps ({stage.tokens} tokens // {stage.batch_tokens})",
@@ -233,33 +228,23 @@ def resolve_mesh(config: Config, devices: int) -> tuple[int, int, int, int]:
   Raises:
     ConfigError: the axes do not multiply to `devices`, or do not divide what they shard.
   """
-  mesh, model = config.mesh, config.model
+  mesh = config.mesh
   others = mesh.replica * mesh.context * mesh.tensor
   fsdp = devices // others if mesh.fsdp == -1 else mesh.fsdp
-  _require(
+  require(
     others * fsdp == devices and fsdp > 0,
     f"config.mesh: replica {mesh.replica} x fsdp {fsdp} x context {mesh.context} x tensor "
     f"{mesh.tensor} = {others * fsdp}, but there are {devices} devices",
   )
-  _divides("config.mesh.fsdp", fsdp, "config.model.width", model.width)
-  tensor = ("config.mesh.tensor", mesh.tensor)
-  _divides(*tensor, "config.model.vocab_size", model.vocab_size)
-  for i, segment in enumerate(model.segments):
-    where = f"config.model.segments[{i}]"
-    _divides(*tensor, f"{where}.heads", segment.heads)
-    _divides(*tensor, f"{where}.ffn_width", segment.ffn_width)
-    if mesh.tensor < segment.kv_heads:
-      _divides(*tensor, f"{where}.kv_heads", segment.kv_heads)
-    else:
-      _divides(f"{where}.kv_heads", segment.kv_heads, *tensor)
+  check_model_on_mesh(config.model, mesh, fsdp)
   shards = mesh.replica * fsdp
   product = f"replica {mesh.replica} x fsdp {fsdp}"
   for i, stage in enumerate(config.stages):
-    _divides(
+    divides(
       f"{product} x microbatch_rows {stage.microbatch_rows} =",
       shards * stage.microbatch_rows,
       f"the rows of config.stages[{i}] ({stage.name}), {stage.batch_tokens} / {stage.row_length} =",
       stage.rows,
     )
-  _divides(f"{product} =", shards, "config.eval.rows", config.eval.rows)
+  divides(f"{product} =", shards, "config.eval.rows", config.eval.rows)
   return (mesh.replica, fsdp, mesh.context, mesh.tensor)

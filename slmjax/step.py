@@ -38,16 +38,19 @@ class StepMetrics:
   applied: jax.Array
 
 
-def token_losses(model: Decoder, batch_BS: Batch, rope_theta: float) -> tuple[jax.Array, jax.Array]:
+def token_losses(
+  model: Decoder, batch_BS: Batch, rope_theta: float | None
+) -> tuple[jax.Array, jax.Array]:
   """Negative log-likelihood and logsumexp [B, S] in float32 of one microbatch's targets."""
   hidden_BSD, _ = model(
     batch_BS.tokens, batch_BS.segments, batch_BS.positions, rope_theta=rope_theta
   )
   return cross_entropy(
     hidden_BSD,
-    model.output_VD,
+    model.output_VE,
     batch_BS.targets,
     specs=model.specs,
+    softcap=model.model.logits.softcap,
     implementation=model.compute.cross_entropy,
   )
 
@@ -111,7 +114,7 @@ def train_step(
   return new_state, metrics
 
 
-def eval_step(model: Decoder, batch_BS: Batch, *, rope_theta: float) -> jax.Array:
+def eval_step(model: Decoder, batch_BS: Batch, *, rope_theta: float | None) -> jax.Array:
   """Summed negative log-likelihood of the weighted targets, in nats: float32 scalar."""
   nll_BS, _ = token_losses(model, batch_BS, rope_theta)
   return jnp.sum(nll_BS * batch_BS.weights)

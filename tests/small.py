@@ -3,6 +3,8 @@
 from ml_collections import ConfigDict
 
 from configs import fox1
+from slmjax import families
+from slmjax.architecture import normal
 from slmjax.config import Config
 from slmjax.resolve import resolve
 
@@ -13,11 +15,17 @@ SOURCES = ("code", "reference", "docs", "packages", "examples")
 def raw_config(store: str = "unused") -> ConfigDict:
   """As a config file gives it: 8 + 6 + 4 steps in rows of 32, 64 and 64 tokens."""
   c = fox1.get_config("tiny")
-  c.model.update(
+  c.model = families.llama(
     vocab_size=VOCAB,
     width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    ffn=64,
     max_length=128,
-    segments=(dict(layers=2, repeat=1, heads=4, kv_heads=2, head_width=8, ffn_width=64),),
+    tied=True,
+    eps=1e-5,
+    init=normal(0.08),
   )
   c.data.store = store
   # Nothing here follows the recipe's tuning: tests hold golden values of this config.

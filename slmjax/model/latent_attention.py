@@ -108,9 +108,7 @@ class LatentAttentionLayer(nnx.Module):
     where = (context.segments_BS, context.kv_segments_BT, context.start)
     if cache is None:
       k_BSNH = jnp.einsum("bsc,cnh->bsnh", latent_BSC, k_up_CNH)
-      k_rope_BSNP = jnp.broadcast_to(
-        k_rope_BS1P, q_rope_BSNP.shape, out_sharding=specs.act_BSNH
-      )
+      k_rope_BSNP = jnp.broadcast_to(k_rope_BS1P, q_rope_BSNP.shape, out_sharding=specs.act_BSNH)
       out_BSNU = shard_attention(attend, specs, self.config.heads)(
         jnp.concatenate([q_content_BSNH, q_rope_BSNP], axis=-1),
         jnp.concatenate([k_BSNH, k_rope_BSNP], axis=-1),

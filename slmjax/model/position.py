@@ -39,9 +39,7 @@ def rotary_angles(
   return cos_BSR, sin_BSR
 
 
-def rotate(
-  x_BSNH: jax.Array, cos_BSR: jax.Array, sin_BSR: jax.Array, layout: str
-) -> jax.Array:
+def rotate(x_BSNH: jax.Array, cos_BSR: jax.Array, sin_BSR: jax.Array, layout: str) -> jax.Array:
   """Rotates the pairs in the first 2R dimensions of each head by the angles of its position, and
   leaves the rest; float32 inside, x's dtype out."""
   width = 2 * cos_BSR.shape[-1]

@@ -235,17 +235,18 @@ def _scores(
   scores_KGQP = static.scale * _einsum("kgqh,kph->kgqp", q_KGQH, k_KPH)
   scores_KGQP = capping.cap(scores_KGQP, static.softcap)
   q_position_Q = row.shared.q_start + i * static.blocks.queries + jnp.arange(static.blocks.queries)
+  q_position_Q1 = q_position_Q[:, None]
   kv_position_P = j * static.blocks.keys + jnp.arange(static.blocks.keys)
   if row.shared.slopes_N is not None:
-    distance_QP = q_position_Q[:, None] - kv_position_P
+    distance_QP = q_position_Q1 - kv_position_P
     scores_KGQP -= row.shared.slopes_N.reshape(K, G, 1, 1) * distance_QP
   q_segment_Q1 = row.q_segments_IQ[i][:, None]
   kv_segment_P = jax.lax.dynamic_slice_in_dim(
     row.kv_segments_T, j * static.blocks.keys, static.blocks.keys
   )
-  reach_QP = kv_position_P <= q_position_Q[:, None]
+  reach_QP = kv_position_P <= q_position_Q1
   if row.shared.window is not None:
-    reach_QP &= kv_position_P > q_position_Q[:, None] - row.shared.window
+    reach_QP &= kv_position_P > q_position_Q1 - row.shared.window
   visible_QP = reach_QP & (q_segment_Q1 == kv_segment_P) & (q_segment_Q1 > 0)
   return jnp.where(visible_QP, scores_KGQP, _HIDDEN), scores_KGQP
 

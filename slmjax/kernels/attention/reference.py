@@ -28,10 +28,10 @@ def attention(
   T, K = k_BTKH.shape[1:3]
   q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
 
-  distance_ST = q_start + jnp.arange(S)[:, None] - jnp.arange(T)
-  reach_ST = distance_ST >= 0
+  q_position_S1, kv_position_T = q_start + jnp.arange(S)[:, None], jnp.arange(T)
+  reach_ST = kv_position_T <= q_position_S1
   if window is not None:
-    reach_ST &= distance_ST < window
+    reach_ST &= kv_position_T > q_position_S1 - window
   same_BST = q_segments_BS[:, :, None] == kv_segments_BT[:, None, :]
   visible_BST = reach_ST & same_BST & (q_segments_BS > 0)[:, :, None]
   visible_BKGST = visible_BST[:, None, None]
@@ -41,7 +41,7 @@ def attention(
   )
   scores_BKGST = capping.cap(scores_BKGST, softcap)
   if slopes_N is not None:
-    scores_BKGST -= slopes_N.reshape(K, N // K, 1, 1) * distance_ST
+    scores_BKGST -= slopes_N.reshape(K, N // K, 1, 1) * (q_position_S1 - kv_position_T)
   # A row that sees nothing has no largest score and no sum: give it finite ones, so that neither
   # its zeros nor their gradients pass through an infinity.
   scores_BKGST = jnp.where(visible_BKGST, scores_BKGST, jnp.finfo(jnp.float32).min)
