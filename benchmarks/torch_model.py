@@ -7,21 +7,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from slmjax.config import ModelConfig
+from slmjax.model_config import FeedForward, HeadsAttention, ModelConfig
 
 
 class Block(nn.Module):
   def __init__(self, model: ModelConfig):
     super().__init__()
-    segment = model.segments[0]
-    d, self.h = model.width, segment.head_width
-    self.n, self.k = segment.heads, segment.kv_heads
-    self.norm1 = nn.RMSNorm(d, eps=model.norm_eps)
+    attention, ffn = model.segments[0].attention, model.segments[0].ffn
+    assert isinstance(attention, HeadsAttention)
+    assert isinstance(ffn, FeedForward)
+    d, self.h = model.width, attention.head_width
+    self.n, self.k = attention.heads, attention.kv_heads
+    self.norm1 = nn.RMSNorm(d, eps=model.norm.eps)
     self.qkv = nn.Linear(d, (self.n + 2 * self.k) * self.h, bias=False)
     self.out = nn.Linear(self.n * self.h, d, bias=False)
-    self.norm2 = nn.RMSNorm(d, eps=model.norm_eps)
-    self.gate_up = nn.Linear(d, 2 * segment.ffn_width, bias=False)
-    self.down = nn.Linear(segment.ffn_width, d, bias=False)
+    self.norm2 = nn.RMSNorm(d, eps=model.norm.eps)
+    self.gate_up = nn.Linear(d, 2 * ffn.width, bias=False)
+    self.down = nn.Linear(ffn.width, d, bias=False)
 
   def forward(
     self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor
@@ -48,10 +50,11 @@ class Decoder(nn.Module):
     super().__init__()
     (segment,) = model.segments
     self.embed = nn.Embedding(model.vocab_size, model.width)
-    nn.init.normal_(self.embed.weight, std=model.init_std)
+    nn.init.normal_(self.embed.weight, std=model.init.std)
     self.blocks = nn.ModuleList(Block(model) for _ in range(segment.layers))
-    self.norm = nn.RMSNorm(model.width, eps=model.norm_eps)
-    powers = torch.arange(0, segment.head_width, 2) / segment.head_width
+    self.norm = nn.RMSNorm(model.width, eps=model.norm.eps)
+    head_width = self.blocks[0].h
+    powers = torch.arange(0, head_width, 2) / head_width
     self.register_buffer("frequencies", theta**-powers)
 
   def loss(

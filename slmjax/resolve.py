@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from slmjax.checks import divides, positive, require
 from slmjax.config import Config, ConfigError, MeshConfig, OptimizerConfig, StageConfig
-from slmjax.model_config import RotaryPositions
+from slmjax.model_config import ModelConfig, RotaryPositions
 from slmjax.resolve_model import check_model, check_model_on_mesh
 
 
@@ -27,6 +27,17 @@ def resolve(raw: Any) -> Config:
   config = _convert(Config, raw, "config")
   _check(config)
   return config
+
+
+def resolve_model(raw: Any) -> ModelConfig:
+  """The architecture of plain settings, as `slmjax.families` gives them, checked by itself.
+
+  Raises:
+    ConfigError: as `resolve`.
+  """
+  model: ModelConfig = _convert(ModelConfig, raw, "config.model")
+  check_model(model)
+  return model
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:

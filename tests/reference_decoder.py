@@ -13,8 +13,8 @@ def hidden_states(
   model: Any, tokens_S: np.ndarray, segments_S: np.ndarray, positions_S: np.ndarray, theta: float
 ) -> np.ndarray:
   """Final hidden states [S, D] of one row of a `slmjax.model.decoder.Decoder`."""
-  x_SD = _f64(model.embed_VD)[tokens_S]
-  eps = model.model.norm_eps
+  x_SD = _f64(model.embed_VE)[tokens_S]
+  eps = model.model.norm.eps
   for segment, stack in zip(model.model.segments, model.segments, strict=True):
     for layer in range(segment.layers):
       block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)

@@ -54,7 +54,7 @@ def test_round_trip_and_names(tmp_path: Path, state: TrainState, config: Config)
   ):
     np.testing.assert_array_equal(a, b)
   names = checkpoint.by_name(state.model)
-  assert {"embed_VD", "segments/0/attention/q_DNH", "segments/0/ffn_norm/scale_D"} < set(names)
+  assert {"embed_VE", "segments/0/attention/q_DNH", "segments/0/ffn_norm/scale_D"} < set(names)
   assert len(names) == len(jax.tree.leaves(state.model))
   assert checkpoint.read_meta(tmp_path, 3) == {"step": 3}
 

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import sharding
-from slmjax.config import Config, SegmentConfig
+from slmjax import families, sharding
+from slmjax.architecture import normal
+from slmjax.config import Config
 from slmjax.model.decoder import Decoder
+from slmjax.model_config import SegmentConfig
+from slmjax.resolve import resolve_model
 from slmjax.sharding import Specs
 from tests import reference_decoder, small
 
@@ -64,18 +67,37 @@ def square(model: Decoder, *arrays: jax.Array) -> jax.Array:
   return jnp.sum(jnp.square(model(*arrays, rope_theta=THETA)[0]))
 
 
+def segment(heads: int, kv_heads: int, head_width: int, ffn: int, **rest: int) -> SegmentConfig:
+  """A segment of Llama's blocks, as `layers` and `repeat` say."""
+  attention = resolve_model(
+    families.llama(
+      **dict(vocab_size=8, width=32, max_length=8, tied=True, eps=1e-5, init=normal(0.1)),
+      **dict(heads=heads, kv_heads=kv_heads, head_width=head_width, ffn=ffn, **rest),
+    )
+  )
+  return attention.segments[0]
+
+
+def built_of(config: Config, *segments: SegmentConfig) -> Config:
+  """The config with other segments, whose heads are rotated whole."""
+  rotary = dataclasses.replace(config.model.positions, width=segments[0].attention.head_width)
+  return edited(config, segments=segments, positions=rotary)
+
+
 SHAPES = {
-  "fox": SegmentConfig(layers=2, repeat=1, heads=4, kv_heads=2, head_width=8, ffn_width=64),
-  "mha": SegmentConfig(layers=1, repeat=1, heads=4, kv_heads=4, head_width=8, ffn_width=32),
-  "mqa_wide": SegmentConfig(layers=1, repeat=1, heads=4, kv_heads=1, head_width=16, ffn_width=32),
-  "repeated": SegmentConfig(layers=2, repeat=2, heads=4, kv_heads=2, head_width=8, ffn_width=32),
+  "fox": segment(4, 2, 8, 64, layers=2),
+  "mha": segment(4, 4, 8, 32, layers=1),
+  "mqa_wide": segment(4, 1, 16, 32, layers=1),
+  "repeated": segment(4, 2, 8, 32, layers=2, repeat=2),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_equals_the_equations(enter_mesh: Any, shape: str, tied: bool) -> None:
-  config = edited(small.config(), segments=(SHAPES[shape],), tie_embeddings=tied)
+  config = built_of(small.config(), SHAPES[shape])
+  embedding = dataclasses.replace(config.model.embedding, tied=tied)
+  config = edited(config, embedding=embedding)
   tokens, segments, positions = rows()
   with enter_mesh((1, 1, 1, 1)):
     model = build(config)
@@ -86,7 +108,7 @@ def test_equals_the_equations(enter_mesh: Any, shape: str, tied: bool) -> None:
 
 
 def test_two_segments_of_blocks_equal_the_equations(enter_mesh: Any) -> None:
-  config = edited(small.config(), segments=(SHAPES["fox"], SHAPES["mha"]))
+  config = built_of(small.config(), SHAPES["fox"], SHAPES["mha"])
   tokens, segments, positions = rows()
   with enter_mesh((1, 1, 1, 1)):
     model = build(config)
@@ -113,7 +135,7 @@ def test_gradient_reaches_earlier_tokens_of_the_same_document_only(enter_mesh: A
     for i in (0, 9, 10, 17):
       chosen_BS = np.zeros((2, 24), np.float32)
       chosen_BS[0, i] = 1
-      gradient = np.asarray(gradient_of_one(model, sharding.place_rows(chosen_BS)).embed_VD[...])
+      gradient = np.asarray(gradient_of_one(model, sharding.place_rows(chosen_BS)).embed_VE[...])
       touched = np.flatnonzero(np.abs(gradient).sum(-1))
       first = 0 if i < 10 else 10
       assert touched.tolist() == list(range(first, i + 1))
@@ -136,7 +158,7 @@ def test_packed_documents_equal_documents_alone(enter_mesh: Any) -> None:
 
 @pytest.mark.parametrize("shape", ["fox", "repeated"])
 def test_cached_pieces_equal_one_pass(enter_mesh: Any, shape: str) -> None:
-  config = edited(small.config(), segments=(SHAPES[shape],))
+  config = built_of(small.config(), SHAPES[shape])
   tokens, _, _ = rows()
   segments = np.ones_like(tokens)
   segments[1, :5] = 0  # padded on the left

@@ -56,7 +56,7 @@ def two_steps(store: str) -> Config:
   stage.learning_rate.update(shape="wsd", end=0.0, warmup_steps=1, decay_steps=1)
   raw.stages = (stage,)
   raw.data.sources = ConfigDict({name: raw.data.sources[name] for name in stage.sources})
-  raw.model.init_std = 1e30
+  raw.model.init.update(embedding_std=1e30, std=1e30, output_std=1e30)
   raw.optimizer.nonfinite = "skip"
   return resolve.resolve(raw)
 

@@ -27,7 +27,7 @@ def test_overrides_keep_the_types():
     [
       "seed=7",
       "optimizer.weight_decay=0",
-      "model.tie_embeddings=false",
+      "model.embedding.tied=false",
       "stages[1].batch_tokens=16384",
       "stages[0].sources.docs.weight=0.9",
       "data.store=elsewhere",
@@ -35,7 +35,7 @@ def test_overrides_keep_the_types():
     ],
   )
   assert (changed.seed, changed.optimizer.weight_decay) == (7, 0.0)
-  assert (changed.model.tie_embeddings, changed.data.store) == (False, "elsewhere")
+  assert (changed.model.embedding.tied, changed.data.store) == (False, "elsewhere")
   assert changed.stages[1].batch_tokens == 16384
   assert changed.stages[0].sources["docs"].weight == 0.9
   assert changed.model.segments[0].layers == 3
@@ -48,7 +48,7 @@ def test_overrides_keep_the_types():
     ([f"--config={FOX}:huge"], "no variant 'huge'; there are '', 'tiny'"),
     ([f"--config={FOX}", "--config.modle.width=1"], "--config.modle.width: config has no 'modle'"),
     ([f"--config={FOX}", "--config.mesh.tensor=x"], "--config.mesh.tensor must be int, got 'x'"),
-    ([f"--config={FOX}", "--config.model.tie_embeddings=1"], "must be bool, got '1'"),
+    ([f"--config={FOX}", "--config.model.embedding.tied=1"], "must be bool, got '1'"),
     ([f"--config={FOX}", "--config.stages[3].tokens=1"], "config.stages has no 3; it has 3"),
     ([f"--config={FOX}", "--config.mesh=1"], "--config.mesh is not a single setting"),
     ([f"--config={FOX}", "--config.seed"], "--config.seed has no value"),

@@ -124,7 +124,7 @@ def test_late_steps_of_the_full_recipe_are_exact():
 
 def test_decay_leaves_out_norms_however_deep_they_are_stacked(enter_mesh):
   raw = small.raw_config()
-  raw.model.tie_embeddings = False
+  raw.model.embedding.tied = False
   config = resolve(raw)
   with enter_mesh((1, 1, 1, 1)):
     model = abstract_state(config).model
