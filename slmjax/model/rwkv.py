@@ -6,6 +6,7 @@ the channel mix, C positions of a chunk, M chunks.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -134,23 +135,22 @@ class TimeMix(nnx.Module):
       state = (zeros, zeros, nothing)
     else:
       state = (cache.numerator_BA, cache.denominator_BA, cache.exponent_BA)
-    # A device has whole rows of its channels: the recurrence runs along them.
-    rows_spec, channels = specs.act_BSD[0], specs.bias_F
-    by_token = jax.P(rows_spec, None, *channels)
+    split, by_row = jax.typeof(k_BSA).sharding.spec, _state_spec(specs)
+    k_BSA, v_BSA = _whole_rows(k_BSA), _whole_rows(v_BSA)
+    by_token, by_id = (jax.typeof(x).sharding.spec for x in (k_BSA, first_BS))
     island = jax.shard_map(
       _wkv,
-      in_specs=(by_token, by_token, jax.P(rows_spec, None), channels, channels, _state_spec(specs)),
-      out_specs=(by_token, _state_spec(specs)),
+      in_specs=(by_token, by_token, by_id, specs.bias_F, specs.bias_F, by_row),
+      out_specs=(by_token, by_row),
     )
-    k_BSA, v_BSA = jax.reshard((k_BSA, v_BSA), by_token)
-    first_BS = jax.reshard(first_BS, jax.P(rows_spec, None))
-    wkv_BSA, state = island(k_BSA, v_BSA, first_BS, self.decay_A[...], self.bonus_A[...], state)
-    wkv_BSA = jax.reshard(wkv_BSA, jax.typeof(r_BSA).sharding.spec)
+    decay_A, bonus_A = self.decay_A[...], self.bonus_A[...]
+    wkv_BSA, state = island(k_BSA, v_BSA, first_BS, decay_A, bonus_A, state)
+    wkv_BSA = jax.reshard(wkv_BSA, split)
 
     mixed_BSA = jax.nn.sigmoid(r_BSA) * wkv_BSA
     out_AD = gather(self.out_AD[...], specs.mlp_out_FD, dtype)
     out_BSD = jnp.einsum("bsa,ad->bsd", mixed_BSA, out_AD, out_sharding=specs.act_BSD)
-    return out_BSD, None if cache is None else TimeMixState(x_BSD[:, -1], *state)
+    return out_BSD, None if cache is None else TimeMixState(_whole_rows(x_BSD)[:, -1], *state)
 
   def _project(
     self, x_BSD: jax.Array, before_BSD: jax.Array, mix_D: nnx.Param, weight_DA: nnx.Param
@@ -202,7 +202,7 @@ class ChannelMix(nnx.Module):
     mixed_BSD = _mix(x_BSD, before_BSD, self.receptance_mix_D)
     r_BSD = jnp.einsum("bsd,de->bse", mixed_BSD, receptance_DD)
     out_BSD = jax.nn.sigmoid(r_BSD) * v_BSD
-    return out_BSD, None if cache is None else ChannelMixState(x_BSD[:, -1])
+    return out_BSD, None if cache is None else ChannelMixState(_whole_rows(x_BSD)[:, -1])
 
 
 def _state_spec(specs: Specs) -> jax.P:
@@ -227,13 +227,19 @@ def _depths(model: ModelConfig, layer: jax.Array) -> tuple[jax.Array, jax.Array]
   return layer / max(layers - 1, 1), 1.0 - layer / layers
 
 
+def _whole_rows(x: jax.Array) -> jax.Array:
+  """[B, S, ...] with all positions of a row on one device: a token needs the one before it."""
+  rows, _, *rest = jax.typeof(x).sharding.spec
+  return jax.reshard(x, jax.P(rows, None, *rest))
+
+
 def _first_of_document(context: Context, cached: bool) -> jax.Array:
   """Which tokens must not see those before them: bool [B, S]."""
-  segments_BS = context.segments_BS
+  segments_BS = _whole_rows(context.segments_BS)
   if cached:
-    last_B1 = jax.lax.dynamic_slice_in_dim(
-      context.kv_segments_BT, jnp.maximum(context.start - 1, 0), 1, axis=1
-    )
+    kv_segments_BT = _whole_rows(context.kv_segments_BT)
+    last = jnp.maximum(context.start - 1, 0)
+    last_B1 = jax.lax.dynamic_slice_in_dim(kv_segments_BT, last, 1, axis=1)
     first_B1 = (last_B1 != segments_BS[:, :1]) | (context.start == 0)
   else:
     first_B1 = jnp.ones_like(segments_BS[:, :1], bool)
@@ -242,9 +248,11 @@ def _first_of_document(context: Context, cached: bool) -> jax.Array:
 
 def _before(x_BSD: jax.Array, first_BS: jax.Array, last_BD: jax.Array | None) -> jax.Array:
   """Each token's predecessor in its document, zeros for the first."""
-  last_B1D = jnp.zeros_like(x_BSD[:, :1]) if last_BD is None else last_BD[:, None]
-  before_BSD = jnp.concatenate([last_B1D, x_BSD[:, :-1]], axis=1)
-  return jnp.where(first_BS[..., None], 0, before_BSD)
+  rows_BSD = _whole_rows(x_BSD)
+  last_B1D = jnp.zeros_like(rows_BSD[:, :1]) if last_BD is None else last_BD[:, None]
+  before_BSD = jnp.concatenate([last_B1D, rows_BSD[:, :-1]], axis=1)
+  before_BSD = jnp.where(first_BS[..., None], 0, before_BSD)
+  return jax.reshard(before_BSD, jax.typeof(x_BSD).sharding.spec)
 
 
 def _mix(x_BSD: jax.Array, before_BSD: jax.Array, mix_D: nnx.Param) -> jax.Array:
@@ -254,18 +262,23 @@ def _mix(x_BSD: jax.Array, before_BSD: jax.Array, mix_D: nnx.Param) -> jax.Array
   return (x32_BSD * mix32_D + before32_BSD * (1.0 - mix32_D)).astype(x_BSD.dtype)
 
 
-# Sums of values and of ones, weighted by exponentials: (numerator, denominator, exponent) stands for
-# the first two times exp(exponent). The exponent only keeps them in range; any would do.
+# Sums of values and of ones, weighted by exponentials: (numerator, denominator, exponent) stands
+# for the first two times exp(exponent). The exponent only keeps them in range; any would do.
 _State = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _add(old: _State, log_decay: jax.Array, new: _State) -> _State:
+def _add(old: Sequence[jax.Array], log_decay: jax.Array, new: Sequence[jax.Array]) -> _State:
   """exp(log_decay) * old + new."""
   decayed = old[2] + log_decay
   exponent = jax.lax.stop_gradient(jnp.maximum(decayed, new[2]))
   old_weight, new_weight = jnp.exp(decayed - exponent), jnp.exp(new[2] - exponent)
   numerator = old_weight * old[0] + new_weight * new[0]
   return numerator, old_weight * old[1] + new_weight * new[1], exponent
+
+
+def _join(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+  """Two adjacent runs of tokens as one: their state, and by how much they decay what was before."""
+  return (*_add(left[:3], right[3], right[:3]), left[3] + right[3])
 
 
 def _wkv(
@@ -298,23 +311,19 @@ def _wkv(
     cut_BC1 = jnp.where(first_BC, _NOTHING, 0.0)[..., None]
     # Padding at the end of the row leaves the state as it is.
     decay_BCA = cut_BC1 + jnp.where(padding_C[:, None], 0.0, log_decay_A)
-    tokens = (v32_BCA, jnp.ones_like(k_BCA), k_BCA)
-    # Before token i come the state so far and the tokens to i - 1: one element fewer than a token
-    # would be needed for the state after the chunk, which is one more step.
-    earlier = [
-      jnp.concatenate([x[:, None], y[:, :-1]], axis=1) for x, y in zip(state, tokens, strict=True)
-    ]
-    decays_BCA = jnp.concatenate([jnp.zeros_like(decay_BCA[:, :1]), decay_BCA[:, :-1]], axis=1)
-
-    def combine(
-      left: tuple[_State, jax.Array], right: tuple[_State, jax.Array]
-    ) -> tuple[_State, jax.Array]:
-      return _add(left[0], right[1], right[0]), left[1] + right[1]
-
-    before, _ = jax.lax.associative_scan(combine, (tuple(earlier), decays_BCA), axis=1)
-    seen = _add(before, cut_BC1, (v32_BCA, jnp.ones_like(k_BCA), k_BCA + bonus_A))
-    last = [tuple(x[:, -1] for x in part) for part in (before, tokens)]
-    return _add(last[0], decay_BCA[:, -1], last[1]), (seen[0] / seen[1]).astype(v_BCA.dtype)
+    one_BCA = jnp.ones_like(k_BCA)
+    token = (v32_BCA, one_BCA, k_BCA)
+    # What token i finds are the state before the chunk and the tokens up to i - 1.
+    first = (*state, jnp.zeros_like(state[2]))
+    elements = tuple(
+      jnp.concatenate([x_BA[:, None], x_BCA[:, :-1]], axis=1)
+      for x_BA, x_BCA in zip(first, (*token, decay_BCA), strict=True)
+    )
+    *found, _ = jax.lax.associative_scan(_join, elements, axis=1)
+    numerator, denominator, _ = _add(found, cut_BC1, (v32_BCA, one_BCA, k_BCA + bonus_A))
+    last = [[x_BCA[:, -1] for x_BCA in part] for part in (found, token)]
+    state = _add(last[0], decay_BCA[:, -1], last[1])
+    return state, (numerator / denominator).astype(v_BCA.dtype)
 
   padding_MC = (jnp.arange(S + -S % C) >= S).reshape(-1, C)
   inputs = (chunks(k_BSA, _NOTHING), chunks(v_BSA, 0.0), chunks(first_BS, False), padding_MC)
