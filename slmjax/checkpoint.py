@@ -5,12 +5,11 @@ state) and `meta` (JSON: step, resolved config, fingerprints of the stores, ledg
 A checkpoint appears under its final name only when it is whole.
 """
 
+import contextlib
 import dataclasses
-import gc
 import importlib.metadata
 import platform
-import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +60,20 @@ class Checkpointer:
 
   def meta(self, step: int) -> dict[str, Any]:
     """The `meta` item of a step."""
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    path = self._folder / str(step)
-    return _read(path, lambda: self._manager.restore(step, args=args)["meta"])
+    with _readable(self._folder / str(step)):
+      return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+        "meta"
+      ]
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """The state of a step, laid out as `abstract` (with shardings on a concrete mesh) says."""
     rest = _without_model(abstract)
-    args = ocp.args.Composite(
+    items = ocp.args.Composite(
       model=ocp.args.StandardRestore(by_name(abstract.model)),
       optimizer=ocp.args.StandardRestore(by_name(rest)),
     )
-    path = self._folder / str(step)
-    items = _read(path, lambda: self._manager.restore(step, args=args))
+    with _readable(self._folder / str(step)):
+      items = self._manager.restore(step, args=items)
     model = _like(abstract.model, items["model"])
     return dataclasses.replace(abstract, model=model, **_like(rest, items["optimizer"]))
 
@@ -96,15 +96,15 @@ def steps_in(run: Path) -> list[int]:
 def read_meta(run: Path, step: int) -> dict[str, Any]:
   """The `meta` item of a step."""
   path = run.absolute() / FOLDER / str(step)
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return _read(path, lambda: reader.restore(path / "meta"))
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader, _readable(path):
+    return reader.restore(path / "meta")
 
 
 def read_model(run: Path, step: int, abstract_model: Any) -> Any:
   """The parameters alone, laid out as `abstract_model` says: for evaluation and generation."""
   path = run.absolute() / FOLDER / str(step)
-  with ocp.StandardCheckpointer() as reader:
-    arrays = _read(path, lambda: reader.restore(path / "model", by_name(abstract_model)))
+  with ocp.StandardCheckpointer() as reader, _readable(path):
+    arrays = reader.restore(path / "model", by_name(abstract_model))
   return _like(abstract_model, arrays)
 
 
@@ -131,20 +131,16 @@ def _without_model(state: TrainState) -> dict[str, Any]:
   return {"step": state.step, "optimizer": state.optimizer, "skipped": state.skipped}
 
 
-def _read(checkpoint: Path, read: Callable[[], Any]) -> Any:
-  """What `read` gives; what reading a broken or foreign checkpoint raises becomes one line."""
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+  """Turns what reading a broken or foreign checkpoint raises into one line."""
   try:
-    return read()
+    yield
   except Exception as error:  # damaged array data reach us from Orbax as a bare Exception
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # Orbax abandons the reads that were still under way. Each would print a traceback of its own
-    # when it is collected: let that be now, and unheard.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  gc.collect()
-  sys.unraisablehook = hook
-  raise CheckpointError(
-    f"{checkpoint} cannot be read ({reason}); remove that folder to use an earlier step"
-  )
+    raise CheckpointError(
+      f"{checkpoint} cannot be read ({reason}); remove that folder to use an earlier step"
+    ) from error
 
 
 def versions() -> dict[str, str]:

@@ -15,4 +15,6 @@ def run_command(main: Callable[[], int | None]) -> None:
     sys.exit(main() or 0)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    # What a library left unfinished (Orbax its other reads) would add tracebacks on the way out.
+    sys.unraisablehook = lambda _: None
     sys.exit(2)
