@@ -1,6 +1,5 @@
 """Attention: every implementation against float64 NumPy, forward and all gradients."""
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -11,127 +10,56 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from slmjax import sharding
 from slmjax.kernels.attention import api, chunked
 from tests import reference_attention
-
-# Relative to the largest magnitude in the array that is compared, at least one. float32: sums of
-# up to 1000 products, each rounded to 2^-24, in another order than NumPy's. bfloat16: inputs are
-# the same rounded numbers on both sides, but weights and their gradients are rounded to 2^-9
-# before they are multiplied, and so is the result: a few such roundings that do not cancel.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """`documents` is the mean length of documents; 0 is one document as long as the row."""
-
-  S: int
-  H: int = 64
-  N: int = 4
-  K: int = 4
-  B: int = 2
-  T: int | None = None
-  q_start: int = 0
-  documents: int = 0
-  padding: int = 0
-  dtype: str = "float32"
-
-  @property
-  def keys(self) -> int:
-    return self.S if self.T is None else self.T
-
-
-CASES = [
-  Case(S=1),
-  Case(S=1, H=80, N=8, K=1, dtype="bfloat16"),
-  Case(S=127, H=80, N=4, K=1, documents=20, padding=30),
-  Case(S=127, H=128, N=8, K=8, documents=1),
-  Case(S=128, H=128, N=8, K=1, documents=40),
-  Case(S=128, H=64, N=8, K=2, documents=128, dtype="bfloat16"),
-  Case(S=1000, H=64, N=4, K=4, documents=150, padding=300),
-  Case(S=1000, H=80, N=8, K=1, B=1, documents=500, dtype="bfloat16"),
-  Case(S=1000, H=128, N=4, K=1, B=1),
-  Case(S=1, H=64, N=8, K=2, T=127, q_start=99),
-  Case(S=128, H=128, N=4, K=1, T=1000, q_start=500, documents=300),
-  Case(S=127, H=80, N=4, K=4, T=300, q_start=130, documents=60, padding=40, dtype="bfloat16"),
-]
-
-
-def segments(rng: np.random.Generator, B: int, length: int, documents: int, padding: int) -> Any:
-  """Segment ids that ascend from 1 along each row, the last `padding` positions 0."""
-  new = rng.random((B, length)) < (1 / documents if documents else 0)
-  ids = 1 + np.cumsum(new, axis=1)
-  ids[:, length - padding :] = 0
-  return ids.astype(np.int32)
-
-
-def draw(case: Case) -> tuple[Any, Any, Any, Any, Any, Any]:
-  """q, k, v, segments of queries and of keys, and a cotangent for the output."""
-  rng = np.random.default_rng(0)
-  T = case.keys
-
-  def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(rng.normal(size=shape), case.dtype)
-
-  kv_segments = segments(rng, case.B, T, case.documents, case.padding)
-  at = np.minimum(case.q_start + np.arange(case.S), T - 1)
-  return (
-    normal(case.B, case.S, case.N, case.H),
-    normal(case.B, T, case.K, case.H),
-    normal(case.B, T, case.K, case.H),
-    kv_segments[:, at],
-    kv_segments,
-    normal(case.B, case.S, case.N, case.H),
-  )
-
-
-def differentiate(attend: Any) -> Any:
-  """A function to the output and the gradients of q, k and v."""
-
-  @jax.jit
-  def forward_backward(q: Any, k: Any, v: Any, qs: Any, ks: Any, do: Any, q_start: Any) -> Any:
-    o, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, qs, ks, q_start), q, k, v)
-    return o, *vjp(do)
-
-  return forward_backward
-
-
-def run(attend: Any, *arrays: Any) -> list[Any]:
-  return list(differentiate(attend)(*arrays))
-
-
-def assert_close(got: list[Any], want: Any, tolerance: float) -> None:
-  for name, x, y in zip(("o", "dq", "dk", "dv"), got, want, strict=True):
-    x = np.asarray(x, np.float64)
-    assert np.isfinite(x).all(), name
-    error = np.abs(x - y).max()
-    # Inputs are of order one. Where documents have one token the gradients of q and k are the
-    # difference of two equal numbers of that order: exactly zero, and rounding on this side.
-    assert error <= tolerance * max(1.0, np.abs(y).max()), f"{name}: {error}"
-
-
-def expect(q: Any, k: Any, v: Any, qs: Any, ks: Any, do: Any, q_start: int, scale: float) -> Any:
-  q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
-  see = reference_attention.visible(qs, ks, q_start)
-  return reference_attention.attention(q, k, v, see, scale, do)
+from tests.attention_cases import (
+  CASES,
+  TOLERANCE,
+  Case,
+  assert_close,
+  differentiate,
+  draw,
+  expect,
+  expect_case,
+  run,
+  segments,
+)
 
 
 @pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
 class TestConformance:
   """What an implementation must do to be listed in the api."""
 
-  def attend(self, implementation: str, scale: float) -> Any:
-    return functools.partial(api.attention, scale=scale, implementation=implementation)
+  def attend(self, implementation: str, scale: float, **static: Any) -> Any:
+    return functools.partial(api.attention, scale=scale, implementation=implementation, **static)
 
   @pytest.mark.parametrize("case", CASES, ids=str)
   def test_equals_the_equations(self, implementation: str, case: Case) -> None:
     arrays = draw(case)
     scale = case.H**-0.5
-    got = run(self.attend(implementation, scale), *arrays, case.q_start)
+    attend = self.attend(implementation, scale, **case.static)
+    got = run(attend, *arrays, case.q_start, **case.traced_arrays)
     assert [x.dtype.name for x in got] == [case.dtype] * 4
-    assert_close(got, expect(*arrays, case.q_start, scale), TOLERANCE[case.dtype])
+    assert_close(got, expect_case(case, arrays, scale), TOLERANCE[case.dtype])
+
+  def test_one_program_serves_layers_with_and_without_a_window(self, implementation: str) -> None:
+    case = Case(S=200, B=1, N=2, K=1, H=32, documents=150)
+    arrays = draw(case)
+    forward_backward = differentiate(self.attend(implementation, 0.2))
+    for window in (0, 1, 2, 60, 199, 200, 1000, 2**31 - 1):
+      got = forward_backward(*arrays, 0, window=jnp.int32(window))
+      assert_close(got, expect(*arrays, 0, 0.2, window), TOLERANCE["float32"])
+    assert forward_backward._cache_size() == 1
+
+  def test_slopes_are_constants(self, implementation: str) -> None:
+    case = Case(S=100, alibi=True)
+    q, k, v, qs, ks, _ = draw(case)
+    attend = self.attend(implementation, 0.1)
+    gradient = jax.grad(lambda slopes_N: attend(q, k, v, qs, ks, 0, slopes_N=slopes_N).sum())
+    np.testing.assert_array_equal(gradient(jnp.asarray(case.slopes_N)), 0.0)
 
   def test_ids_need_not_ascend(self, implementation: str) -> None:
     q, k, v, qs, _, do = draw(Case(S=300, documents=20))
@@ -140,22 +68,41 @@ class TestConformance:
     got = run(self.attend(implementation, 0.1), q, k, v, ids, ids, do, 0)
     assert_close(got, expect(q, k, v, ids, ids, do, 0, 0.1), TOLERANCE["float32"])
 
-  def test_a_row_of_padding_gives_zeros_and_zero_gradients(self, implementation: str) -> None:
+  @pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 3.0}], ids=str)
+  def test_a_row_of_padding_gives_zeros_and_zero_gradients(
+    self, implementation: str, options: dict[str, Any]
+  ) -> None:
     q, k, v, qs, ks, do = draw(Case(S=200, documents=50))
     qs, ks = qs.copy(), ks.copy()
     qs[0] = ks[0] = 0
     qs[1, :60] = 0  # A whole row sees nothing, and in the other one a part of its first block.
-    got = run(self.attend(implementation, 0.125), q, k, v, qs, ks, do, 0)
+    got = run(self.attend(implementation, 0.125, **options), q, k, v, qs, ks, do, 0)
     for x in got:
       assert (np.asarray(x[0]) == 0).all()
     for x in got[:2]:
       assert (np.asarray(x[1, :60]) == 0).all()
-    assert_close(got, expect(q, k, v, qs, ks, do, 0, 0.125), TOLERANCE["float32"])
+    assert_close(got, expect(q, k, v, qs, ks, do, 0, 0.125, **options), TOLERANCE["float32"])
 
-  def test_gradients_reach_exactly_the_visible_keys(self, implementation: str) -> None:
+  def test_a_window_that_ends_before_the_keys_of_the_segment(self, implementation: str) -> None:
+    q, k, v, qs, ks, do = draw(Case(S=20, T=300, q_start=280))
+    ks = np.where(np.arange(300) < 200, ks, 0).astype(np.int32)
+    got = run(self.attend(implementation, 0.125, window=90), q, k, v, qs, ks, do, 280)
+    # Query 9 has index 289 and sees keys from 200 on, of which none is in its segment.
+    assert (np.asarray(got[0][:, 9:]) == 0).all()
+    assert (np.asarray(got[0][:, :9]) != 0).any(axis=(2, 3)).all()
+    want = expect(q, k, v, qs, ks, do, 280, 0.125, 90)
+    assert_close(got, want, TOLERANCE["float32"])
+
+  @pytest.mark.parametrize("window", [None, 25])
+  def test_gradients_reach_exactly_the_visible_keys(
+    self, implementation: str, window: int | None
+  ) -> None:
     q, k, v, qs, ks, _ = draw(Case(S=300, documents=60, padding=20, B=1))
     see = reference_attention.visible(qs, ks, 0)[0]
-    forward_backward = differentiate(self.attend(implementation, 0.1))
+    # Written from the words "at most so many keys, itself included" rather than as an inequality.
+    after = np.cumsum(see[:, ::-1], axis=1)[:, ::-1]
+    see = see & (after <= (window or 300))
+    forward_backward = differentiate(self.attend(implementation, 0.1, window=window))
     for i in (0, 127, 128, 200, 279, 290):
       do = jnp.zeros_like(q).at[:, i].set(1.0)
       _, dq, _, dv = forward_backward(q, k, v, qs, ks, do, 0)
@@ -198,12 +145,35 @@ class TestConformance:
       )
       assert_close(got, want, TOLERANCE["float32"])
 
+  def test_windows_and_slopes_inside_an_island(self, implementation: str, enter_mesh: Any) -> None:
+    case = Case(S=150, N=4, K=2, H=24, U=16, documents=90, window=40, alibi=True)
+    arrays = draw(case)
+    with enter_mesh((1, 2, 1, 2)) as specs:
+      heads, tokens = specs.act_BSNH, specs.tokens_BS
+      attend = self.attend(implementation, 0.2)
+      names = list(case.traced_arrays)
+      island = jax.shard_map(
+        lambda *args: attend(*args[:6], **dict(zip(names, args[6:], strict=True))),
+        in_specs=(heads, heads, heads, tokens, tokens, P(), P(), P(heads[2])),
+        out_specs=heads,
+      )
+      placed = [jax.reshard(x, tokens if x.ndim == 2 else heads) for x in arrays]
+      got = run(
+        lambda *args, window, slopes_N: island(*args, window, slopes_N),
+        *placed,
+        jnp.int32(0),
+        window=jnp.int32(case.window),
+        slopes_N=jax.reshard(jnp.asarray(case.slopes_N), P(heads[2])),
+      )
+      assert_close(got, expect_case(case, arrays, 0.2), TOLERANCE["float32"])
+
 
 @pytest.mark.medium
 @settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(st.data())
 def test_chunked_with_any_blocks_equals_the_equations(data: st.DataObject) -> None:
   K = data.draw(st.sampled_from([1, 2]))
+  softcap = data.draw(st.sampled_from([None, 1.5]))
   S = data.draw(st.integers(1, 70))
   cached = data.draw(st.booleans())
   q_start = data.draw(st.integers(0, 40)) if cached else 0
@@ -215,33 +185,57 @@ def test_chunked_with_any_blocks_equals_the_equations(data: st.DataObject) -> No
     N=K * data.draw(st.sampled_from([1, 3])),
     K=K,
     H=8,
+    U=data.draw(st.sampled_from([8, 5])),
+    window=data.draw(st.sampled_from([None, 0, 1, 7, 25])),
+    softcap=softcap,
+    alibi=softcap is None and data.draw(st.booleans()),
     documents=data.draw(st.sampled_from([0, 1, 5, 30])),
     padding=data.draw(st.integers(0, S)),
   )
   blocks = chunked.Blocks(data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
   arrays = draw(case)
-  attend = functools.partial(
-    chunked.attention, scale=0.3, window=None, softcap=None, slopes_N=None, blocks=blocks
-  )
-  got = run(attend, *arrays, q_start)
-  assert_close(got, expect(*arrays, q_start, 0.3), TOLERANCE["float32"])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(api, "_CPU_BLOCKS", blocks)
+    attend = functools.partial(api.attention, scale=0.3, implementation="chunked", **case.static)
+    got = run(attend, *arrays, q_start, **case.traced_arrays)
+  assert_close(got, expect_case(case, arrays, 0.3), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("documents", [1, 5, 40, 0])
 @pytest.mark.parametrize("q_start", [0, 37])
-def test_ranges_cover_what_is_visible_and_no_more(documents: int, q_start: int) -> None:
-  I, Q, J, P = 8, 16, 12, 16
+@pytest.mark.parametrize("window", [None, 1, 16, 17, 40])
+def test_ranges_cover_what_is_visible_and_no_more(
+  documents: int, q_start: int, window: int | None
+) -> None:
+  I, Q, J, W = 8, 16, 12, 16
   for seed in range(5):
-    ks = segments(np.random.default_rng(seed), 1, J * P, documents, padding=seed * 10)
+    ks = segments(np.random.default_rng(seed), 1, J * W, documents, padding=seed * 10)
     qs = ks[:, q_start : q_start + I * Q]
-    see = reference_attention.visible(qs, ks, q_start)[0].reshape(I, Q, J, P).any(axis=(1, 3))
-    shared = chunked._Shared(jnp.int32(q_start), window=None, slopes_N=None)
+    see = reference_attention.visible(qs, ks, q_start, window)[0]
+    see = see.reshape(I, Q, J, W).any(axis=(1, 3))
+    width = None if window is None else jnp.int32(window)
+    shared = chunked._Shared(jnp.int32(q_start), window=width, slopes_N=None)
     first, last = chunked._ranges(
-      jnp.asarray(qs.reshape(I, Q)), jnp.asarray(ks.reshape(J, P)), shared
+      jnp.asarray(qs.reshape(I, Q)), jnp.asarray(ks.reshape(J, W)), shared
     )
     in_range = (np.arange(J) >= first[:, None]) & (np.arange(J) < last[:, None])
     # Ids ascend here, so that the blocks with something to see are one run of blocks.
     np.testing.assert_array_equal(in_range, see)
+
+
+def test_a_window_makes_the_work_linear_in_the_length() -> None:
+  Q, J = 16, 64
+
+  @jax.jit
+  def visited(window: Any) -> Any:
+    ids = jnp.ones((J, Q), jnp.int32)
+    first, last = chunked._ranges(ids, ids, chunked._Shared(jnp.int32(0), window, None))
+    return (last - first).sum()
+
+  assert visited(jnp.int32(J * Q)) == J * (J + 1) // 2
+  # A block of queries reaches back two blocks: itself, one, and two; the first two have fewer.
+  assert visited(jnp.int32(2 * Q)) == 3 * J - 3
+  assert visited(jnp.int32(1)) == J
 
 
 def temporary_bytes(implementation: str, S: int) -> int:
@@ -268,10 +262,43 @@ def test_a_name_that_is_not_built_raises_with_the_list() -> None:
     api.attention(q, k, v, qs, ks, 0, scale=1.0, implementation="pallas_tpu")
 
 
+def test_what_is_off_leaves_no_trace() -> None:
+  q, k, v, qs, ks, _ = draw(Case(S=200))
+
+  def program(**options: Any) -> str:
+    attend = functools.partial(api.attention, scale=0.1, implementation="chunked", **options)
+    return str(jax.make_jaxpr(attend)(q, k, v, qs, ks, 0))
+
+  assert program(window=None, softcap=None, slopes_N=None) == program() == program(window=0)
+  assert "tanh" not in program()
+  for on in ({"window": 10}, {"softcap": 1.0}, {"slopes_N": jnp.zeros(4)}):
+    assert program(**on).count("\n") > program().count("\n")
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"window": -1}, "window must be at least 1, or 0 for none, got -1"),
+    ({"window": jnp.ones(4, jnp.int32)}, r"integer scalar, got int32\[4\]"),
+    ({"window": jnp.float32(4)}, r"integer scalar, got float32\[\]"),
+    ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
+    ({"slopes_N": jnp.ones(3)}, r"float32\[4\], one per query head, got float32\[3\]"),
+    ({"slopes_N": jnp.ones(4), "softcap": 1.0}, "not built together"),
+  ],
+  ids=str,
+)
+def test_options_that_mean_nothing_raise(options: dict[str, Any], message: str) -> None:
+  q, k, v, qs, ks, _ = draw(Case(S=4))
+  with pytest.raises(ValueError, match=message):
+    api.attention(q, k, v, qs, ks, 0, scale=1.0, **options)
+
+
 def test_shapes_and_dtypes_that_do_not_fit_raise() -> None:
   q, k, v, qs, ks, _ = draw(Case(S=4))
   with pytest.raises(ValueError, match="do not fit together"):
     api.attention(q, k[:, :, :3], v[:, :, :3], qs, ks, 0, scale=1.0)
+  with pytest.raises(ValueError, match="do not fit together"):
+    api.attention(q, k, v[:, :3], qs, ks, 0, scale=1.0)
   with pytest.raises(ValueError, match="must have one dtype"):
     api.attention(q, k.astype(jnp.bfloat16), v, qs, ks, 0, scale=1.0)
 
