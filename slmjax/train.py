@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 
 from slmjax import checkpoint, resolve, sharding
 from slmjax.config import Config, ConfigError, StageConfig, differences, identity, to_dict, to_json
-from slmjax.data import ledger
+from slmjax.data import ledger, tokenizer_files
 from slmjax.data.loader import Loader, abstract_batch
 from slmjax.data.plan import Plan
-from slmjax.data.store import TOKENIZER_FILE, TokenStore
+from slmjax.data.store import TokenStore
 from slmjax.durable import write_atomically
 from slmjax.evaluate import Evaluator
 from slmjax.loaded import tokenizer_meta
@@ -107,8 +107,8 @@ class _Run:
     if primary:
       write_atomically(folder / "config.json", to_json(config).encode())
       tokenizer = next(iter(self.stores.values())).tokenizer_path
-      if not (folder / TOKENIZER_FILE).exists():
-        write_atomically(folder / TOKENIZER_FILE, tokenizer.read_bytes())
+      if tokenizer_files.find(folder) is None:
+        tokenizer_files.copy(tokenizer, folder)
     self.reporter = Reporter(folder, config, self.first_step, writes=primary)
     resources.callback(self.reporter.close)
 

@@ -7,8 +7,9 @@ On disk, `STORE/SOURCE/SPLIT/` (SPLIT is `train` or `heldout`) holds
   documents.npy       uint64, the token offset at which each document starts
   document_bytes.npy  uint64, UTF-8 bytes of each document's original text
 
-and `STORE/tokenizer.model` is the one tokenizer of every source in the store. A document is
-`[BOS] ids... EOS`, with exactly one EOS, its last token. Nothing here depends on a chunk length.
+and `STORE/tokenizer.model` (or tokenizer.json) is the one tokenizer of every source in the store. A
+document is `[BOS] ids... EOS`, with exactly one EOS, its last token. Nothing here depends on a
+chunk length.
 `StoreWriter` (slmjax.data.store_writer) makes one; this module reads it and needs only NumPy.
 """
 

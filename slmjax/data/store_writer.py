@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from slmjax import durable
-from slmjax.data import store
+from slmjax.data import store, tokenizer_files
 
 # 2**27 tokens: shards of 256 MiB at two bytes a token, 512 MiB at four.
 SHARD_TOKENS = 1 << 27
@@ -35,6 +35,7 @@ class StoreWriter:
     source: name of the corpus.
     split: "train" or "heldout".
     tokenizer: facts of the tokenizer, which must have an EOS.
+    tokenizer_file: the name of its file at the root of the store.
     add_bos: put BOS before every document.
     shard_tokens: tokens of every shard but the last.
     origin: JSON values to keep in the index, outside the fingerprint.
@@ -51,6 +52,7 @@ class StoreWriter:
     source: str,
     split: str,
     tokenizer: store.TokenizerFacts,
+    tokenizer_file: str = store.TOKENIZER_FILE,
     add_bos: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     origin: Mapping[str, Any] | None = None,
@@ -69,6 +71,7 @@ class StoreWriter:
     self._refuse_existing()
     self.tokens = self.documents = self.bytes = 0
     self._tokenizer, self._add_bos, self._shard_tokens = tokenizer, add_bos, shard_tokens
+    self._tokenizer_file = tokenizer_file
     self._source, self._split, self.origin = source, split, dict(origin or {})
     self._dtype = store.token_dtype(tokenizer.vocab_size)
     self._tmp = self.directory.with_name(f"{self.directory.name}.tmp-{os.getpid()}")
@@ -164,7 +167,7 @@ class StoreWriter:
         "pad": facts.pad_id,
       },
       "tokenizer": {
-        "file": store.TOKENIZER_FILE,
+        "file": self._tokenizer_file,
         "sha256": facts.sha256,
         "normalisation": dict(facts.normalisation),
       },
@@ -185,23 +188,22 @@ class StoreWriter:
 
 
 def install_tokenizer(model: Path, root: Path) -> None:
-  """Copies a tokenizer's model to the root of a store, once for all its sources.
+  """Copies a tokenizer's files to the root of a store, once for all its sources.
 
   Raises:
     StoreError: another tokenizer is there.
   """
   check_tokenizer(model, root)
-  target = root / store.TOKENIZER_FILE
-  if not target.exists():
-    durable.write_atomically(target, model.read_bytes())
+  if tokenizer_files.find(root) is None:
+    tokenizer_files.copy(model, root)
 
 
 def check_tokenizer(model: Path, root: Path) -> None:
   """Raises StoreError when the store at `root` belongs to another tokenizer than `model`."""
-  target = root / store.TOKENIZER_FILE
-  if target.exists() and store.file_sha256(target) != store.file_sha256(model):
+  if not tokenizer_files.same(model, root):
     raise store.StoreError(
-      f"{target}: another tokenizer than {model}; a store has one: choose another store directory"
+      f"{tokenizer_files.find(root)}: another tokenizer than {model}; a store has one: choose "
+      "another store directory"
     )
 
 

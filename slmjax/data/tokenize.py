@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax import durable
-from slmjax.data import documents, encode, store, store_writer
+from slmjax.data import documents, encode, store, store_writer, tokenizer_files
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError, run_command
 
@@ -84,7 +84,7 @@ def tokenize_source(
   Args:
     inputs: .jsonl and .txt files, and directories of them.
     source: name of the source, a directory name.
-    tokenizer: SentencePiece model file; copied into the store.
+    tokenizer: SentencePiece model file or tokenizer.json; copied into the store.
     root: the store.
     heldout_fraction: expected share of documents held out, in [0, 1).
     text_key: key of the text in the objects of .jsonl files.
@@ -147,6 +147,7 @@ def tokenize_source(
           source=source,
           split=name,
           tokenizer=model.facts,
+          tokenizer_file=tokenizer_files.name_in_folder(model.path),
           add_bos=add_bos,
           shard_tokens=shard_tokens,
           origin=origin | {"sample_documents": checked, "lossy_documents_in_sample": 0},
@@ -242,7 +243,7 @@ def main() -> None:
   add = parser.add_argument
   add("--input", action="append", default=[], help="a .jsonl or .txt file or a folder; repeatable")
   add("--source", required=True, help="name of the source")
-  add("--tokenizer", required=True, help="SentencePiece model file")
+  add("--tokenizer", required=True, help="SentencePiece model file or tokenizer.json")
   add("--store", required=True, help="folder of the token store")
   add(
     "--heldout_fraction", type=float, default=0.01, help="documents to hold out, in [0, 1) (0.01)"

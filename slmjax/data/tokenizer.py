@@ -1,9 +1,7 @@
-"""SentencePiece tokenizers: loading any model, and training a small lossless one.
+"""Tokenizers: loading any of two kinds, and training a small lossless one.
 
-SentencePiece (Kudo and Richardson, arXiv:1808.06226) writes a space as U+2581, so that a model that
-neither normalises text nor adds or removes spaces decodes to exactly what it encoded, with one
-exception: U+2581 in the text itself comes back as a space. `Tokenizer` spells that character as its
-three UTF-8 bytes where the model has byte pieces and leaves spaces alone, which closes the gap.
+A SentencePiece model, or a tokenizer.json of the Hugging Face library `tokenizers`, which is
+imported for such a file only.
 """
 
 from __future__ import annotations
@@ -13,15 +11,16 @@ import heapq
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
+from slmjax.data.sentencepiece_codec import SentencePieceCodec
 from slmjax.data.store import TokenizerFacts
+from slmjax.data.tokenizer_files import is_json
 from slmjax.durable import write_atomically
 from slmjax.errors import UserError
 
-SPACE_MARK = "\u2581"
 # Ids as in Gemma's tokenizer (google/gemma-2b, tokenizer.model).
 PAD, EOS, BOS, UNK = range(4)
 # Training reads documents in pieces of this many characters, so that one huge file can't be all of
@@ -35,87 +34,105 @@ class TokenizerError(UserError):
   """A tokenizer that can't be loaded or trained. One line: what, where, what to do."""
 
 
-class Tokenizer:
-  """A SentencePiece model. Pickles as its path.
+class Codec(Protocol):
+  """What each kind of tokenizer does in its own way; see `Tokenizer` for the meanings."""
 
-  Attributes: path, sha256 (of the model file), vocab_size, bos_id, eos_id, unk_id, pad_id (None
-  where the model has none), facts (for a token store's index).
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int | None
+  unk_id: int | None
+  pad_id: int | None
+  normalisation: dict[str, Any]
+
+  def encode(self, text: str) -> list[int]: ...
+  def decode(self, ids: list[int]) -> str: ...
+  def is_piece_of_text(self, token: int) -> bool: ...
+
+
+class Tokenizer:
+  """A tokenizer of either kind. Pickles as its path.
+
+  Attributes: path, sha256 (of the model file), vocab_size (all ids are below it), bos_id, eos_id,
+  unk_id, pad_id (None where there is none), facts (for a token store's index).
   """
 
-  def __init__(self, path: Path, model: bytes):
+  def __init__(self, path: Path, sha256: str, codec: Codec):
     """Use `Tokenizer.load`."""
     self.path = path
-    self.sha256 = hashlib.sha256(model).hexdigest()
-    self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-    self.vocab_size: int = self._model.vocab_size()
-    self.bos_id = _optional(self._model.bos_id())
-    self.eos_id = _optional(self._model.eos_id())
-    self.unk_id = _optional(self._model.unk_id())
-    self.pad_id = _optional(self._model.pad_id())
-    # Protobuf makes this module's classes at import, out of a type checker's sight.
-    spec = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-    byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+    self.sha256 = sha256
+    self._codec = codec
+    self.vocab_size = codec.vocab_size
+    self.bos_id, self.eos_id = codec.bos_id, codec.eos_id
+    self.unk_id, self.pad_id = codec.unk_id, codec.pad_id
     self.facts = TokenizerFacts(
-      sha256=self.sha256,
+      sha256=sha256,
       vocab_size=self.vocab_size,
       bos_id=self.bos_id,
       eos_id=self.eos_id,
       unk_id=self.unk_id,
       pad_id=self.pad_id,
-      normalisation={
-        "rules": spec.normalizer_spec.name,
-        "add_dummy_prefix": spec.normalizer_spec.add_dummy_prefix,
-        "remove_extra_whitespaces": spec.normalizer_spec.remove_extra_whitespaces,
-        "byte_fallback": spec.trainer_spec.byte_fallback,
-      },
+      normalisation=codec.normalisation,
     )
-    keeps_spaces = not (
-      spec.normalizer_spec.add_dummy_prefix or spec.normalizer_spec.remove_extra_whitespaces
-    )
-    self._mark_ids = byte_ids if keeps_spaces and spec.trainer_spec.byte_fallback else None
 
   @classmethod
   def load(cls, path: Path | str) -> Tokenizer:
-    """Loads a SentencePiece model file.
+    """Loads a tokenizer.json if the file's name ends so, else a SentencePiece model.
 
     Raises:
-      TokenizerError: the file can't be read or is no SentencePiece model.
+      TokenizerError: the file can't be read or is no tokenizer.
     """
     path = Path(path)
     try:
-      model = path.read_bytes()
+      data = path.read_bytes()
     except OSError as error:
       raise TokenizerError(
-        f"{path}: can't read the tokenizer ({error.strerror}); give a SentencePiece .model file"
+        f"{path}: can't read the tokenizer ({error.strerror}); give a SentencePiece .model file or "
+        "a tokenizer.json"
       ) from None
-    try:
-      if not model:
-        raise RuntimeError("empty")
-      return cls(path, model)
-    except RuntimeError:
-      raise TokenizerError(
-        f"{path}: not a SentencePiece model; give the .model file that its training wrote"
-      ) from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    return cls(path, sha256, _json_codec(path, data) if is_json(path) else _sp_codec(path, data))
 
   def __reduce__(self):
     return Tokenizer.load, (self.path,)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without BOS or EOS."""
-    if self._mark_ids is None or SPACE_MARK not in text:
-      return self._model.encode(text)
-    first, *others = self._model.encode(text.split(SPACE_MARK))
-    for ids in others:
-      first += self._mark_ids + ids
-    return first
+    """Ids of a text, without BOS or EOS, and never a special id for text that spells one."""
+    return self._codec.encode(text)
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """Ids of each text, as `encode` gives them."""
-    return [self.encode(text) for text in texts]
+    return [self._codec.encode(text) for text in texts]
 
   def decode(self, ids: list[int]) -> str:
-    """The text of ids; control symbols (BOS, EOS, PAD) give nothing."""
-    return self._model.decode(ids)
+    """The text of ids; control symbols (BOS, EOS, PAD) and unknown ids give nothing."""
+    return self._codec.decode(ids)
+
+  def is_piece_of_text(self, token: int) -> bool:
+    """Whether text is made of this id: not of control symbols, nor of ids that do not exist."""
+    return self._codec.is_piece_of_text(token)
+
+
+def _sp_codec(path: Path, data: bytes) -> Codec:
+  try:
+    return SentencePieceCodec(data)
+  except RuntimeError:
+    raise TokenizerError(
+      f"{path}: not a SentencePiece model; give the .model file that its training wrote, or a "
+      "tokenizer.json"
+    ) from None
+
+
+def _json_codec(path: Path, data: bytes) -> Codec:
+  from slmjax.data.json_codec import JsonCodec  # with `tokenizers`, which few runs need
+
+  try:
+    return JsonCodec(data, path)
+  except (ValueError, KeyError, TypeError) as error:
+    reason = " ".join(str(error).split())
+    raise TokenizerError(
+      f"{path}: not a usable tokenizer.json ({reason}); give the file that the tokenizers library "
+      "saved, with its tokenizer_config.json"
+    ) from None
 
 
 def train(
@@ -191,7 +208,3 @@ def _sample(texts: Iterable[str], seed: int, budget: int) -> list[str]:
         hashes.remove(heapq.heappop(kept)[0])
         total -= size
   return [piece for _, piece in sorted(kept)]
-
-
-def _optional(special_id: int) -> int | None:
-  return None if special_id < 0 else special_id
