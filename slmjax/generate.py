@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slmjax import sharding
+from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError, run_command
 from slmjax.loaded import Loaded, add_checkpoint_arguments
 from slmjax.model.decoder import Cache, Decoder
+from slmjax.model_config import LearnedPositions, RotaryPositions
 
 MIN_BUCKET = 16
 
@@ -65,7 +67,9 @@ def generate(
     UserError: prompt and continuation do not fit into the model's positions.
   """
   longest = max(len(prompt) for prompt in prompts)
-  if longest + tokens > model.model.max_length:
+  # ALiBi and RWKV go on for ever.
+  limited = isinstance(model.model.positions, RotaryPositions | LearnedPositions)
+  if limited and longest + tokens > model.model.max_length:
     raise UserError(
       f"a prompt of {longest} tokens and {tokens} more do not fit into the model's "
       f"{model.model.max_length} positions; shorten one of them"
@@ -177,6 +181,12 @@ def _draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array
   return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+  """The text that `ids` add to a prompt: alone, some tokenizers would drop its first space."""
+  before, whole = tokenizer.decode([*prompt]), tokenizer.decode([*prompt, *ids])
+  return whole[len(before) :] if whole.startswith(before) else tokenizer.decode([*ids])
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     prog="python -m slmjax.generate",
@@ -196,7 +206,9 @@ def main() -> None:
   texts_in = args.prompt or [""]
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
   run = Loaded.open(args.checkpoint, args.step)
-  prompts = [[*run.prefix, *run.tokenizer.encode(text)] for text in texts_in]
+  prompts = [run.encode(text) for text in texts_in]
+  if not all(prompts):
+    raise UserError("this model has no token that begins a text; give --prompt=TEXT, not empty")
   rows = sharding.data_shards(run.mesh)
   padding = [prompts[0]] * (-len(prompts) % rows)
   with jax.set_mesh(run.mesh):
@@ -204,12 +216,13 @@ def main() -> None:
       run.model,
       [*prompts, *padding],
       args.tokens,
-      rope_theta=run.stage.rope_theta,
-      stop_ids=(run.eos_id,),
+      rope_theta=run.rope_theta,
+      stop_ids=run.stop_ids,
       sampling=sampling,
       seed=args.seed,
     )
-  texts = [run.tokenizer.decode(ids) for ids in outputs[: len(prompts)]]
+  pairs = zip(prompts, outputs, strict=False)  # without the padding
+  texts = [continuation(run.tokenizer, prompt, ids) for prompt, ids in pairs]
   if args.json:
     samples = [{"prompt": p, "text": t} for p, t in zip(texts_in, texts, strict=True)]
     print(json.dumps({"checkpoint": str(args.checkpoint), "step": run.step, "samples": samples}))

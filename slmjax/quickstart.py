@@ -111,9 +111,8 @@ def compare(config: Config, run: Path) -> dict[str, Any]:
   totals = dict.fromkeys(("model", "bigram", "xz", "bytes"), 0.0)
   with jax.set_mesh(loaded.mesh):
     for name, store in heldout.items():
-      stage = loaded.stage
       scored = evaluator.store(
-        loaded.model, store, store.tokens, stage.rope_theta, stage.isolate_documents
+        loaded.model, store, store.tokens, loaded.rope_theta, loaded.isolate_documents
       )
       text = "".join(heldout_texts(loaded, store)).encode()
       bits = {
@@ -155,15 +154,15 @@ def sample_stages(config: Config, run: Path) -> dict[str, dict[str, str]]:
   samples = {}
   for stage, step in zip(config.stages, config.boundaries[1:], strict=True):
     loaded = Loaded.open(run, step)
-    prompts = [[*loaded.prefix, *loaded.tokenizer.encode(text)] for text in PROMPTS]
+    prompts = [loaded.encode(text) for text in PROMPTS]
     rows = sharding.data_shards(loaded.mesh)
     with jax.set_mesh(loaded.mesh):
       outputs = generate(
         loaded.model,
         [*prompts, *[prompts[0]] * (-len(prompts) % rows)],
         SAMPLE_TOKENS,
-        rope_theta=stage.rope_theta,
-        stop_ids=(loaded.eos_id,),
+        rope_theta=loaded.rope_theta,
+        stop_ids=loaded.stop_ids,
         sampling=Sampling(temperature=0.7, top_k=0, top_p=0.9),
         seed=config.seed,
       )

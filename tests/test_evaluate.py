@@ -64,7 +64,7 @@ def test_bits_per_byte_by_hand(text_store: str) -> None:
       positions = (index - np.maximum.accumulate(np.where(begins, index, 0))).astype(np.int32)
       rows = [sharding.place_rows(np.asarray(x)[None]) for x in (tokens, segments, positions)]
       hidden = np.asarray(model(*rows, rope_theta=THETA)[0][0], np.float64)
-      logits = hidden @ np.asarray(model.output_VD, np.float64).T
+      logits = hidden @ np.asarray(model.output_VE, np.float64).T
       logits -= logits.max(-1, keepdims=True)
       nats += float(np.sum(np.log(np.exp(logits).sum(-1)) - logits[index, targets]))
   text = sum(int(n) for n in store.document_bytes[:documents])

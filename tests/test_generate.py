@@ -35,7 +35,7 @@ def run(model: Decoder, prompts: list[list[int]], tokens: int = 6, **changes: An
 @pytest.mark.medium
 def test_greedy_equals_the_full_forward_token_by_token(model: Decoder) -> None:
   drawn = run(model, PROMPTS)
-  table = np.asarray(model.output_VD)
+  table = np.asarray(model.output_VE)
   for prompt, continuation in zip(PROMPTS, drawn, strict=True):
     ids = list(prompt)
     for token in continuation:
