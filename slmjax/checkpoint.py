@@ -8,12 +8,14 @@ A checkpoint appears under its final name only when it is whole.
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import platform
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -106,6 +108,64 @@ def read_model(run: Path, step: int, abstract_model: Any) -> Any:
   with ocp.StandardCheckpointer() as reader, _readable(path):
     arrays = reader.restore(path / "model", by_name(abstract_model))
   return _like(abstract_model, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+  """An array that is made when its turn to be written comes."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  make: Callable[[], np.ndarray]
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return self.size * self.dtype.itemsize
+
+
+class _OneAtATime(ocp.type_handlers.NumpyHandler):
+  """Makes, writes and forgets one array after the other."""
+
+  async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+    for value, info, arg in zip(values, infos, args, strict=True):
+      for written in await super().serialize([value.make()], [info], [arg]):
+        written.result()
+    return []
+
+
+def write_imported(
+  run: Path, step: int, arrays: Mapping[str, LazyArray], meta: dict[str, Any]
+) -> None:
+  """A checkpoint of parameters alone, by name, that came from elsewhere. At no time is more than
+  one of them in memory."""
+  path = run.absolute() / FOLDER / str(step)
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (LazyArray, _OneAtATime(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it Orbax warns
+  )
+  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  # Chunks small enough that encoding one does not matter.
+  chunks = {name: ocp.SaveArgs(chunk_byte_size=64 << 20) for name in arrays}
+  with ocp.Checkpointer(handler) as writer:
+    writer.save(path / "model", args=ocp.args.PyTreeSave(dict(arrays), save_args=chunks))
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+    writer.save(path / "meta", args=ocp.args.JsonSave(meta))
+
+
+def read_array(run: Path, step: int, name: str) -> np.ndarray:
+  """One of a checkpoint's parameters, by name, on the host."""
+  path = run.absolute() / FOLDER / str(step)
+  args = ocp.args.PyTreeRestore(
+    item={name: 0},
+    restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
+    partial_restore=True,
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader, _readable(path):
+    return reader.restore(path / "model", args=args)[name]
 
 
 def by_name(tree: Any) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""From a checkpoint, imported or of a run of our own, to a Hugging Face folder."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slmjax import checkpoint
+from slmjax.convert import parity as parity_of
+from slmjax.convert.family import Family
+from slmjax.convert.hf_files import DTYPES, Writer
+from slmjax.convert.import_ import array_shapes, parts_of
+from slmjax.convert.names import lay_out
+from slmjax.convert.registry import FAMILIES, describe
+from slmjax.convert.tokenizer_files import copy_files
+from slmjax.data.tokenizer import Tokenizer
+from slmjax.durable import sync_directory, write_atomically
+from slmjax.errors import UserError
+from slmjax.model_config import ModelConfig
+from slmjax.resolve import resolve, resolve_model
+
+# As transformers names the dtypes in config.json.
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exportable:
+  """What a checkpoint is in their terms. `dtype` is that of the tensors, as safetensors names it;
+  `param_dtype` that of our arrays."""
+
+  model: ModelConfig
+  rope_theta: float | None
+  param_dtype: str
+  family: Family
+  config: dict[str, Any]
+  dtype: str
+
+
+def exportable(run: Path, step: int) -> Exportable:
+  """What the checkpoint of a step is.
+
+  Raises:
+    UserError: its model is one that no class of Hugging Face computes.
+  """
+  meta = checkpoint.read_meta(run, step)
+  if "imported" in meta:
+    imported = meta["imported"]
+    return Exportable(
+      model=resolve_model(meta["model"]),
+      rope_theta=meta["rope_theta"],
+      param_dtype=meta["param_dtype"],
+      family=FAMILIES[imported["model_type"]],
+      config=imported["config"],
+      dtype=imported["dtype"],
+    )
+  config = resolve(meta["config"])
+  stage = config.stages[config.stage_index(max(step - 1, 0))]
+  family, described = describe(config.model, stage.rope_theta)
+  dtype = "BF16" if config.compute.param_dtype == "bfloat16" else "F32"
+  # Both names: transformers 4 reads torch_dtype, 5 reads dtype.
+  dtypes = {"dtype": _TORCH_NAMES[dtype], "torch_dtype": _TORCH_NAMES[dtype]}
+  return Exportable(
+    model=config.model,
+    rope_theta=stage.rope_theta,
+    param_dtype=config.compute.param_dtype,
+    family=family,
+    config={**described, **dtypes, **_special_ids(run)},
+    dtype=dtype,
+  )
+
+
+def _special_ids(run: Path) -> dict[str, int | None]:
+  """Ids of the run's tokenizer: those of the class's own defaults would be another one's."""
+  for name in ("tokenizer.model", "tokenizer.json"):
+    if (run / name).exists():
+      tokenizer = Tokenizer.load(run / name)
+      return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+  return {"bos_token_id": None, "eos_token_id": None}
+
+
+def export_folder(
+  run: Path, out: Path, step: int | None, shard_gb: float, *, parity: bool
+) -> dict[str, Any]:
+  """Converts; returns what was done, as printed by the command.
+
+  Our arrays are read one at a time and their layers written where they belong.
+
+  Raises:
+    UserError: `out` exists, no such checkpoint, a model that cannot be exported.
+  """
+  if out.exists():
+    raise UserError(f"{out} exists; name a new folder for --out")
+  if shard_gb <= 0:
+    raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
+  step = _step(run, step)
+  what = exportable(run, step)
+  shapes = array_shapes(what.model)
+  tensors = lay_out(what.family.names, what.model, shapes)
+  dtype = DTYPES[what.dtype]
+  out.absolute().parent.mkdir(parents=True, exist_ok=True)
+  temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+  try:
+    temporary.mkdir()
+    theirs = {name: tensor.shape for name, tensor in tensors.items()}
+    writer = Writer(temporary, theirs, dtype, int(shard_gb * 1e9))
+    for name in shapes:
+      array = checkpoint.read_array(run, step, name)
+      if array.dtype != (ml_dtypes.bfloat16 if what.param_dtype == "bfloat16" else np.float32):
+        raise UserError(f"{run}: {name} is {array.dtype} and the config says {what.param_dtype}")
+      for tensor, part in parts_of(name, tensors):
+        layer = array if part.layer is None else array[part.layer]
+        tensor.write(part, layer.astype(dtype, copy=False), writer[tensor.name])
+      del array
+    writer.close()
+    text = json.dumps(what.config, indent=2) + "\n"
+    write_atomically(temporary / "config.json", text.encode())
+    files = copy_files(run, temporary)
+    done = {
+      "out": str(out),
+      "model_type": what.family.model_type,
+      "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
+      "tensors": len(tensors),
+      "dtype": _TORCH_NAMES[what.dtype],
+      "tokenizer_files": files,
+    }
+    if parity:
+      done["parity"] = parity_of.compare(what, run, step, temporary)
+      text = json.dumps(done["parity"], indent=2) + "\n"
+      write_atomically(temporary / "parity.json", text.encode())
+    sync_directory(temporary)
+    temporary.rename(out)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  sync_directory(out.absolute().parent)
+  return done
+
+
+def _step(run: Path, step: int | None) -> int:
+  steps = checkpoint.steps_in(run)
+  if not steps:
+    raise UserError(f"{run} holds no checkpoint; name the folder that has checkpoints/ in it")
+  if step is None:
+    return steps[-1]
+  if step not in steps:
+    raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+  return step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("checkpoint", type=Path, help="the folder that has checkpoints/ in it")
+  parser.add_argument("--out", type=Path, required=True, help="the Hugging Face folder, a new one")
+  parser.add_argument("--step", type=int, help="step of the checkpoint (the newest)")
+  parser.add_argument(
+    "--shard-gb", type=float, default=5.0, help="largest size of a file in 1e9 bytes (5)"
+  )
+  parser.add_argument(
+    "--no-parity", action="store_true", help="do not compare the export with the checkpoint"
+  )
+  parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,0 +1,224 @@
+"""Folders of safetensors: headers read and checked first, tensors one at a time.
+
+A safetensors file is 8 bytes (the header's length, little endian), a JSON header that gives each
+tensor's dtype, shape and place, and the tensors, end to end.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from slmjax.durable import sync_and_close, write_atomically
+from slmjax.errors import UserError
+
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
+
+# Of what else may stand in a file, sizes in bytes: only to check that the file is whole.
+_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8}
+_OTHER_SIZES |= {"I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """Where a tensor is. `dtype` is as the file names it; `start` is in bytes from the file's."""
+
+  file: Path
+  dtype: str
+  shape: tuple[int, ...]
+  start: int
+
+  def load(self) -> np.ndarray:
+    """The tensor, in memory of its own."""
+    flat = np.fromfile(
+      self.file, dtype=DTYPES[self.dtype], count=math.prod(self.shape), offset=self.start
+    )
+    return flat.reshape(self.shape)
+
+
+def stored_in(folder: Path) -> dict[str, Stored]:
+  """The tensors of a folder by name: of model.safetensors or of all files that the index names.
+
+  Raises:
+    UserError: no safetensors there, a file that is broken or truncated, an index that disagrees
+      with its files.
+  """
+  if not folder.is_dir():
+    raise UserError(f"{folder} is not a folder; name one with config.json and model.safetensors")
+  if (folder / INDEX).exists():
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+      raise UserError(f"{folder / INDEX} has no weight_map; fetch it again")
+    tensors: dict[str, Stored] = {}
+    for name in sorted(set(weight_map.values())):
+      tensors |= _read_header(folder / name)
+    for name, file in weight_map.items():
+      if name not in tensors or tensors[name].file.name != file:
+        raise UserError(f"{folder / file} lacks {name}, which {INDEX} puts there; fetch it again")
+    unlisted = sorted(set(tensors) - set(weight_map))
+    if unlisted:
+      raise UserError(
+        f"{tensors[unlisted[0]].file} holds {unlisted[0]}, which {INDEX} does not list; "
+        "fetch the folder again"
+      )
+    return tensors
+  if (folder / ONE_FILE).exists():
+    return _read_header(folder / ONE_FILE)
+  pickles = sorted(folder.glob("*.bin"))
+  if pickles:
+    raise UserError(
+      f"{pickles[0]} is a pickle, which runs code when it is opened, and there is no {ONE_FILE}; "
+      "load the model with transformers and save it again with save_pretrained"
+    )
+  raise UserError(f"{folder} holds neither {ONE_FILE} nor {INDEX}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The object in a JSON file."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path} is missing; the folder must be as save_pretrained leaves it") from None
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{path} must hold a JSON object; fetch it again")
+  return value
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+  """The tensors of one file; its size must be what the header says."""
+  if not path.exists():
+    raise UserError(f"{path} is missing, though {INDEX} names it; fetch it again")
+  size = path.stat().st_size
+  broken = f"{path} is not a whole safetensors file"
+  with path.open("rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+      raise UserError(f"{broken}: it ends within its header; fetch it again")
+    try:
+      header = json.loads(file.read(length))
+    except ValueError as error:
+      raise UserError(f"{broken} ({error}); fetch it again") from None
+  tensors, ends = {}, [0]
+  for name, entry in header.items():
+    if name == "__metadata__":
+      continue
+    start, end = entry["data_offsets"]
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    tensors[name] = Stored(path, dtype, shape, 8 + length + start)
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES.get(dtype)
+    if itemsize is None:
+      raise UserError(f"{path}: {name} has dtype {dtype}; convert it to F32, F16 or BF16 first")
+    if end - start != math.prod(shape) * itemsize:
+      raise UserError(
+        f"{path}: {name} takes {end - start} bytes, but {dtype} {list(shape)} needs "
+        f"{math.prod(shape) * itemsize}; fetch it again"
+      )
+    ends.append(end)
+  if size != 8 + length + max(ends):
+    cut = [name for name, tensor in tensors.items() if _end(tensor) > size]
+    at = f", within {cut[0]}" if cut else ""
+    raise UserError(
+      f"{path} has {size} bytes and its header says {8 + length + max(ends)}{at}; fetch it again"
+    )
+  return tensors
+
+
+def _end(tensor: Stored) -> int:
+  itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+  return tensor.start + math.prod(tensor.shape) * itemsize
+
+
+class Writer:
+  """Safetensors files of given tensors, filled in any order.
+
+  All files are made at once, so that a tensor can be filled part by part as its parts are read.
+  """
+
+  def __init__(
+    self,
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    shard_bytes: int,
+  ):
+    """Files of at most `shard_bytes` each, but for a tensor that is larger by itself."""
+    self._folder = folder
+    self._dtype = dtype
+    self._maps: dict[str, tuple[np.memmap, int]] = {}
+    self._shapes = dict(shapes)
+    self._files: list[np.memmap] = []
+    shards = list(self._shards(shard_bytes))
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+      numbered = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+      file = numbered if len(shards) > 1 else ONE_FILE
+      self._make(folder / file, names)
+      weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+      total = sum(self._bytes(name) for name in self._shapes)
+      index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+      write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    """The tensor, to be written into."""
+    file, start = self._maps[name]
+    data = file[start : start + self._bytes(name)].view(self._dtype)
+    return data.reshape(self._shapes[name])
+
+  def close(self) -> None:
+    """Everything on disk."""
+    self._maps.clear()
+    for file in self._files:
+      file.flush()
+    self._files.clear()
+
+  def _bytes(self, name: str) -> int:
+    return math.prod(self._shapes[name]) * self._dtype.itemsize
+
+  def _shards(self, shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in self._shapes:
+      if names and size + self._bytes(name) > shard_bytes:
+        yield names
+        names, size = [], 0
+      names.append(name)
+      size += self._bytes(name)
+    yield names
+
+  def _make(self, path: Path, names: list[str]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+      start, end = end, end + self._bytes(name)
+      shape = list(self._shapes[name])
+      header[name] = {
+        "dtype": _LETTERS[self._dtype],
+        "shape": shape,
+        "data_offsets": [start, end],
+      }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file = path.open("wb")
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)
+    sync_and_close(file)
+    data = np.memmap(path, dtype=np.uint8, mode="r+")
+    self._files.append(data)
+    for name in names:
+      self._maps[name] = (data, 8 + len(text) + header[name]["data_offsets"][0])
