@@ -20,7 +20,7 @@ from slmjax.model_config import ModelConfig, RwkvChannelMix, RwkvTimeMix
 from slmjax.sharding import Specs, gather
 
 # Positions whose states are in memory at once.
-_CHUNK = 128
+CHUNK = 128
 
 # The logarithm of zero. Finite, so that no difference of two is NaN, and far enough from the end of
 # float32 that a row may add up one for each of its documents.
@@ -242,14 +242,19 @@ def _first_of_document(context: Context, cached: bool) -> jax.Array:
     last_B1 = jax.lax.dynamic_slice_in_dim(kv_segments_BT, last, 1, axis=1)
     first_B1 = (last_B1 != segments_BS[:, :1]) | (context.start == 0)
   else:
-    first_B1 = jnp.ones_like(segments_BS[:, :1], bool)
+    first_B1 = jnp.ones((len(segments_BS), 1), bool, out_sharding=jax.typeof(segments_BS).sharding)
   return jnp.concatenate([first_B1, segments_BS[:, 1:] != segments_BS[:, :-1]], axis=1)
 
 
 def _before(x_BSD: jax.Array, first_BS: jax.Array, last_BD: jax.Array | None) -> jax.Array:
   """Each token's predecessor in its document, zeros for the first."""
+  B, _, D = x_BSD.shape
   rows_BSD = _whole_rows(x_BSD)
-  last_B1D = jnp.zeros_like(rows_BSD[:, :1]) if last_BD is None else last_BD[:, None]
+  if last_BD is None:
+    rows_spec = jax.typeof(rows_BSD).sharding
+    last_B1D = jnp.zeros((B, 1, D), x_BSD.dtype, out_sharding=rows_spec)
+  else:
+    last_B1D = last_BD[:, None]
   before_BSD = jnp.concatenate([last_B1D, rows_BSD[:, :-1]], axis=1)
   before_BSD = jnp.where(first_BS[..., None], 0, before_BSD)
   return jax.reshard(before_BSD, jax.typeof(x_BSD).sharding.spec)
@@ -297,7 +302,7 @@ def _wkv(
   from the state before it: what is kept is one state per chunk.
   """
   B, S, A = k_BSA.shape
-  C = min(_CHUNK, S)
+  C = min(CHUNK, S)
   log_decay_A, bonus_A = -jnp.exp(decay_A.astype(jnp.float32)), bonus_A.astype(jnp.float32)
 
   def chunks(x: jax.Array, padding: float) -> jax.Array:
