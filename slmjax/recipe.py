@@ -25,17 +25,26 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
     UserError: no such file, not a recipe, no such variant, setting or value.
     ConfigError: the recipe cannot be honoured.
   """
+  raw = load_raw(name)
+  for override in overrides:
+    _override(raw, override)
+  return resolve(raw)
+
+
+def load_raw(name: str) -> ConfigDict:
+  """What the recipe `FILE.py` or `FILE.py:VARIANT` gives, as it stands.
+
+  Raises:
+    UserError: no such file, not a recipe, or no such variant.
+  """
   path, _, variant = name.partition(":")
   get_config = getattr(_module(Path(path)), "get_config", None)
   if get_config is None:
     raise UserError(f"{path} is not a recipe: it has no get_config(variant)")
   try:
-    raw = get_config(variant)
+    return get_config(variant)
   except ValueError as error:
     raise UserError(f"{name}: {error}") from error
-  for override in overrides:
-    _override(raw, override)
-  return resolve(raw)
 
 
 def variants(path: Path) -> tuple[str, ...]:

@@ -164,9 +164,11 @@ def shard_attention(
     slopes_N: jax.Array | None = None,
   ) -> jax.Array:
     # What is absent or known beforehand is no argument of the island.
-    traced = {"window": (window, P()), "slopes_N": (slopes_N, P(specs.vocab_axis))}
-    traced = {name: pair for name, pair in traced.items() if isinstance(pair[0], jax.Array)}
-    fixed = {} if window is None or "window" in traced else {"window": window}
+    scalar, heads = P(), P(specs.vocab_axis)
+    traced = {"window": (window, scalar)} if isinstance(window, jax.Array) else {}
+    if slopes_N is not None:
+      traced["slopes_N"] = (jax.reshard(slopes_N, heads), heads)
+    fixed = {} if window is None or traced.get("window") else {"window": window}
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
       if not specs.kv_split(kv_heads):

@@ -6,50 +6,27 @@ import jax
 import pytest
 
 from configs import fox1
-from slmjax import flops
-from slmjax.config import SegmentConfig
+from slmjax import families, flops
+from slmjax.architecture import mlp, multi_head, normal, segment
 from slmjax.data.loader import abstract_batch
-from slmjax.resolve import resolve
+from slmjax.parameters import parameters
+from slmjax.resolve import resolve, resolve_model
 from slmjax.state import abstract_state
 from slmjax.step import train_step
-from tests import small
+from tests import shrunken, small
 
 
-def segment(**changes):
-  settings = dict(layers=2, repeat=1, heads=4, kv_heads=2, head_width=8, ffn_width=48)
-  return SegmentConfig(**{**settings, **changes})
-
-
-def config_of(*segments, **changes):
-  """The small config with a model of the given segments."""
-  config = small.config()
-  model = dataclasses.replace(config.model, segments=segments, **changes)
-  return dataclasses.replace(config, model=model)
-
-
-@pytest.mark.parametrize(
-  "config",
-  [
-    config_of(segment()),
-    config_of(segment(), tie_embeddings=False),
-    config_of(segment(repeat=3)),
-    config_of(segment(kv_heads=4)),
-    config_of(segment(kv_heads=1)),
-    config_of(segment(), segment(layers=3, heads=2, head_width=16, ffn_width=80), width=40),
-    config_of(segment(layers=1, heads=8, head_width=6), vocab_size=100),
-    resolve(fox1.get_config()),
-  ],
-  ids=["gqa", "untied", "repeat", "mha", "mqa", "two segments", "wide heads", "fox1"],
-)
-def test_parameters_are_the_models(config, enter_mesh):
-  """Counted from the shapes alone: nothing is allocated."""
-  with enter_mesh((1, 1, 1, 1)):
-    built = sum(leaf.size for leaf in jax.tree.leaves(abstract_state(config).model))
-  assert built == flops.parameters(config.model)
-
-
-def test_parameters_of_fox1():
-  assert flops.parameters(resolve(fox1.get_config()).model) == 1_665_271_808
+def with_segments(config, segments, width):
+  """The config with a Llama of such segments: (heads, kv_heads, ffn, repeat), one layer each."""
+  model = families.llama(
+    **dict(vocab_size=1024, width=width, layers=1, heads=4, kv_heads=4, head_width=64, ffn=64),
+    **dict(max_length=128, tied=True, eps=1e-5, init=normal(0.02)),
+  )
+  model["segments"] = tuple(
+    segment(1, multi_head(heads, kv, 64), mlp(ffn, "silu", gated=True), repeat=repeat)
+    for heads, kv, ffn, repeat in segments
+  )
+  return dataclasses.replace(config, model=resolve_model(model))
 
 
 def counted_by_xla(config, enter_mesh):
@@ -63,16 +40,16 @@ def counted_by_xla(config, enter_mesh):
 @pytest.mark.parametrize(
   "segments",
   [
-    [segment(layers=1, heads=4, kv_heads=2, head_width=64, ffn_width=512)],
+    [(4, 2, 512, 1)],
     # Equal blocks would be a loop, whose body XLA counts once: several segments of one layer.
-    [segment(layers=1, repeat=2, heads=2, kv_heads=1, head_width=64, ffn_width=256)] * 2,
+    [(2, 1, 256, 2)] * 2,
   ],
 )
 def test_train_flops_are_what_xla_counts(segments, enter_mesh):
   """To 2 % (measured: 1 %): XLA also counts what is not a matrix product (softmax, norms, the
   optimizer), and the closed form counts causal attention at half, where the reference computes the
   whole square."""
-  config = config_of(*segments, vocab_size=1024, width=256, max_length=128)
+  config = with_segments(small.config(), segments, 256)
   compute = dataclasses.replace(
     config.compute, remat="none", attention="reference", cross_entropy="reference"
   )
@@ -87,9 +64,24 @@ def test_train_flops_are_what_xla_counts(segments, enter_mesh):
   )
   config = dataclasses.replace(config, compute=compute, stages=(stage,))
   formula = flops.train_flops_per_token(config.model, stage)
-  square = 3.0 * sum(2 * s.repeat * s.heads * s.head_width * length for s in segments)
+  square = 3.0 * sum(2 * repeat * heads * 64 * length for heads, _, _, repeat in segments)
   expected = rows * length * (formula + square)
   assert counted_by_xla(config, enter_mesh) == pytest.approx(expected, rel=0.02)
+
+
+def test_windows_cost_what_they_see():
+  """A window of half the row: three quarters of the causal pairs are left."""
+
+  def cost(window):
+    settings = shrunken.model("phi3:mini")
+    settings["segments"][0]["attention"]["windows"] = (window,)
+    model = resolve_model(settings)
+    matrices = 2 * (parameters(model) - (2 * 2 + 1) * model.width - model.vocab_size * model.width)
+    return flops.forward_flops_per_token(model, 64) - matrices
+
+  assert cost(0) == 2 * 2 * 4 * 8 * 64  # two layers, scores and values, heads, width, half of 2 x 64
+  assert cost(32) == pytest.approx(0.75 * cost(0))
+  assert cost(64) == cost(0)
 
 
 def test_train_flops_of_mixed_chunk_lengths():
@@ -102,7 +94,7 @@ def test_train_flops_of_mixed_chunk_lengths():
   assert flops.train_flops_per_token(model, stage) == pytest.approx(by_hand)
   # The well-known 6 N per token, plus attention: 6 x 32 layers x 2048 x half of the mean length.
   mean = sum(m.weight * m.chunk for m in stage.sources.values())
-  matrices = flops.parameters(model) - (2 * 32 + 1) * model.width
+  matrices = parameters(model) - (2 * 32 + 1) * model.width
   assert by_hand == pytest.approx(6 * matrices + 6 * 32 * 2048 * mean)
 
 
@@ -125,7 +117,7 @@ def test_memory_grows_with_what_it_should():
   one = flops.memory(config, stage, (1, 8, 1, 1))
   assert one.total == one.state + one.gradients + one.activations + one.gathered
   # Adam on float32: parameters and two moments.
-  assert one.state == flops.parameters(config.model) // 8 * 4 * 3
+  assert one.state == parameters(config.model) // 8 * 4 * 3
   assert flops.memory(config, stage, (1, 16, 1, 1)).state < one.state
   wider = dataclasses.replace(stage, microbatch_rows=2 * stage.microbatch_rows)
   assert flops.memory(config, wider, (1, 8, 1, 1)).activations == 2 * one.activations

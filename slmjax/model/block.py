@@ -43,7 +43,7 @@ class Block(nnx.Module):
     key: jax.Array,
     layer: jax.Array,
   ):
-    """`layer` is the block's index in the whole model, int32: RWKV's initial decays depend on it."""
+    """`layer` is the index in the whole model, int32: RWKV's initial decays depend on it."""
     self.config = model.block
     attention, ffn, shortcut = jax.random.split(key, 3)
     parts = (compute, specs)

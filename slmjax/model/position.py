@@ -20,7 +20,7 @@ from slmjax.model_config import (
 def rotary_angles(
   positions_BS: jax.Array, rotary: RotaryPositions, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, S, R] in float32 of position x frequency, times the scaling's magnitude."""
+  """Cosines and sines [B, S, R] in float32 of position x frequency, times the magnitude."""
   powers_R = jnp.arange(0, rotary.width, 2, dtype=jnp.float32) / rotary.width
   frequencies_R = theta**-powers_R
   scaling, magnitude = rotary.scaling, 1.0
