@@ -6,6 +6,7 @@ the channel mix, C positions of a chunk, M chunks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -54,11 +55,7 @@ class TimeMixState:
     """No tokens; `lead` is layers, passes and rows."""
     x = _no_input(model, specs, lead, dtype)
     spec = jax.P(None, None, *_state_spec(specs))
-    zeros, nothing = (
-      jnp.full((*lead, time_mix.width), value, jnp.float32, out_sharding=spec)
-      for value in (0.0, _NOTHING)
-    )
-    return cls(x, zeros, zeros, nothing)
+    return cls(x, *_no_tokens((*lead, time_mix.width), spec))
 
 
 @jax.tree_util.register_dataclass
@@ -128,11 +125,7 @@ class TimeMix(nnx.Module):
 
     rows, _, width = k_BSA.shape
     if cache is None:
-      zeros, nothing = (
-        jnp.full((rows, width), value, jnp.float32, out_sharding=_state_spec(specs))
-        for value in (0.0, _NOTHING)
-      )
-      state = (zeros, zeros, nothing)
+      state = _no_tokens((rows, width), _state_spec(specs))
     else:
       state = (cache.numerator_BA, cache.denominator_BA, cache.exponent_BA)
     split, by_row = jax.typeof(k_BSA).sharding.spec, _state_spec(specs)
@@ -272,6 +265,13 @@ def _mix(x_BSD: jax.Array, before_BSD: jax.Array, mix_D: nnx.Param) -> jax.Array
 _State = tuple[jax.Array, jax.Array, jax.Array]
 
 
+def _no_tokens(shape: tuple[int, ...], spec: jax.P) -> _State:
+  zeros, nothing = (
+    jnp.full(shape, value, jnp.float32, out_sharding=spec) for value in (0.0, _NOTHING)
+  )
+  return zeros, zeros, nothing
+
+
 def _add(old: Sequence[jax.Array], log_decay: jax.Array, new: Sequence[jax.Array]) -> _State:
   """exp(log_decay) * old + new."""
   decayed = old[2] + log_decay
@@ -309,7 +309,8 @@ def _wkv(
     x = jnp.pad(x, [(0, 0), (0, -S % C)] + [(0, 0)] * (x.ndim - 2), constant_values=padding)
     return jnp.moveaxis(x.reshape(B, -1, C, *x.shape[2:]), 1, 0)
 
-  @jax.checkpoint
+  # The loop itself keeps XLA from merging the recomputation with the forward.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def step(state: _State, chunk: tuple[jax.Array, ...]) -> tuple[_State, jax.Array]:
     k_BCA, v_BCA, first_BC, padding_C = chunk
     k_BCA, v32_BCA = k_BCA.astype(jnp.float32), v_BCA.astype(jnp.float32)
