@@ -1,6 +1,7 @@
 """What a model_type of Hugging Face is made of, and helpers that the families share."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from slmjax.architecture import Settings
 from slmjax.convert.fields import ROPE, ROPE_LENGTH, Fields
 from slmjax.convert.names import Names
 from slmjax.convert.rope import Rope
-from slmjax.model_config import FeedForward, HeadsAttention, ModelConfig
+from slmjax.model_config import FeedForward, HeadsAttention, ModelConfig, RotaryPositions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,15 @@ def first(model: ModelConfig) -> tuple[HeadsAttention, FeedForward]:
 
 def depth(model: ModelConfig) -> int:
   return sum(segment.layers for segment in model.segments)
+
+
+def rotary_fraction(model: ModelConfig) -> float:
+  """How much of each head turns, such that rounding down its product gives the width again."""
+  if not isinstance(model.positions, RotaryPositions):
+    raise NotThisFamily
+  width, head = model.positions.width, first(model)[0].head_width
+  fraction = width / head
+  return fraction if int(head * fraction) == width else math.nextafter(fraction, 1.0)
 
 
 class NotThisFamily(Exception):

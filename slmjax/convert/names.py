@@ -8,10 +8,11 @@ A family's table says, for each tensor of theirs, which of our arrays it holds a
   "attention.query_key_value.weight": {
     "attention/q_DNH": "N+H D", "attention/k_DKH": "K+H D", "attention/v_DKH": "K+H D"}
 
-The letters are those that end our array's name, whose sizes are its shape; each word is one axis of
-their tensor, its letters from slow to fast, 1 an axis of size one. Where a tensor holds several
-arrays, they lie end to end along what follows the plus: in the second line above all queries come
-first, then all keys; in the third, each head has its query, key and value side by side.
+The letters are those that end our array's name, whose sizes are its shape (d is the second of D and
+D); each word is one axis of their tensor, its letters from slow to fast, 1 an axis of size one.
+Where a tensor holds several arrays, they lie end to end along what follows the plus: in the second
+line above all queries come first, then all keys; in the third, each head has its query, key and
+value side by side. A tuple has alternatives, of which a model has the arrays of one.
 
 Every number of ours is in exactly one tensor of theirs and the reverse, which `lay_out` proves.
 """
@@ -25,7 +26,8 @@ import numpy as np
 from slmjax.errors import UserError
 from slmjax.model_config import ModelConfig
 
-Table = Mapping[str, Mapping[str, str]]
+Held = Mapping[str, str]
+Table = Mapping[str, Held | tuple[Held, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def lay_out(
   Raises:
     UserError: some of our arrays have no place in their tensors.
   """
-  lines: list[tuple[str, Mapping[str, str], str, int | None]] = []
+  lines: list[tuple[str, Held | tuple[Held, ...], str, int | None]] = []
   lines += [(theirs, holds, "", None) for theirs, holds in names.before.items()]
   blocks = [(s, i) for s, segment in enumerate(model.segments) for i in range(segment.layers)]
   for index, (s, within) in enumerate(blocks):
@@ -124,9 +126,11 @@ def lay_out(
 
   tensors: dict[str, Tensor] = {}
   for theirs, holds, prefix, layer in lines:
-    held = {prefix + ours: pattern for ours, pattern in holds.items()}
-    if any(array in shapes for array in held):
-      tensors[theirs] = _tensor(theirs, held, layer, shapes)
+    for alternative in holds if isinstance(holds, tuple) else (holds,):
+      held = {prefix + ours: pattern for ours, pattern in alternative.items()}
+      if any(array in shapes for array in held):
+        assert theirs not in tensors, theirs
+        tensors[theirs] = _tensor(theirs, held, layer, shapes)
   _check_cover(tensors, shapes)
   return tensors
 
@@ -145,6 +149,8 @@ def _tensor(
     if array not in shapes:
       raise UserError(f"{name} also holds {array}, which this model does not have")
     letters = array.rpartition("_")[2]
+    if len(set(letters)) < len(letters):  # a square matrix
+      letters = letters[0] + letters[1:].lower()
     sizes = dict(zip(letters, shapes[array][layer is not None :], strict=True))
     order = [letter for letter in pattern if letter in letters]
     assert sorted(order) == sorted(letters), (array, pattern)

@@ -5,14 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from slmjax.config import differences, to_dict
-from slmjax.convert.families import llama
+from slmjax.convert.families import gemma, gpt, latent, llama, neox, openelm, phi, rwkv
 from slmjax.convert.family import Family, NotThisFamily
 from slmjax.errors import UserError
 from slmjax.model_config import ModelConfig
 from slmjax.resolve import resolve_model
 
+_MODULES = (llama, phi, gemma, gpt, neox, latent, rwkv, openelm)
+
 FAMILIES: Mapping[str, Family] = {
-  family.model_type: family for module in (llama,) for family in module.FAMILIES
+  family.model_type: family for module in _MODULES for family in module.FAMILIES
 }
 
 

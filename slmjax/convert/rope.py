@@ -38,14 +38,22 @@ class Rope:
     score_factor: what attention's scale is multiplied by in latent attention (a square of mscale).
   """
 
-  def __init__(self, fields: Fields, *, fraction: float = 1.0, latent: bool = False):
-    """`fraction` is the class's own default. A `latent` attention reads mscale_all_dim."""
+  def __init__(
+    self,
+    fields: Fields,
+    *,
+    fraction: float = 1.0,
+    theta: float = _THETA,
+    latent: bool = False,
+  ):
+    """`fraction` and `theta` are what the class takes where neither form of the fields says it. A
+    `latent` attention reads mscale_all_dim."""
     self._fields = fields
     raw = fields.given.get("rope_scaling") or fields.given.get("rope_parameters") or {}
     if not isinstance(raw, dict):
       fields.refuse("rope_parameters", raw, "it must be a JSON object")
     self._raw = raw
-    self.theta = self._number("rope_theta", self._top("rope_theta", _THETA))
+    self.theta = self._number("rope_theta", self._top("rope_theta", theta))
     self.fraction = self._number(
       "partial_rotary_factor", self._top("partial_rotary_factor", fraction)
     )
