@@ -80,7 +80,7 @@ def _shrink_attention(attention: dict[str, Any], head_width: int, *, wider: bool
     attention["width"] = WIDTH
     return
   if attention["kind"] == "latent":
-    attention.update(heads=4, latent_width=16, content_width=8, value_width=12)
+    attention.update(heads=4, latent_width=16, content_width=8, value_width=12, scale=16**-0.5)
     if attention["query_latent"] is not None:
       attention["query_latent"] = 24
     return
@@ -90,6 +90,8 @@ def _shrink_attention(attention: dict[str, Any], head_width: int, *, wider: bool
     heads=heads,
     kv_heads=heads if group == 1 else 1 if attention["kv_heads"] == 1 else 2,
     head_width=head_width,
+    # GPT-Neo's is 1.
+    scale=1.0 if attention["scale"] == 1.0 else head_width**-0.5,
     windows=tuple(min(window, 6) for window in attention["windows"]),
   )
 

@@ -16,7 +16,7 @@ from slmjax.model.decoder import Decoder
 from slmjax.model_config import SegmentConfig
 from slmjax.resolve import resolve_model
 from slmjax.sharding import Specs
-from tests import reference_decoder, small
+from tests import reference_decoder, shrunken, small
 
 THETA = 10_000.0
 # float32 sums of at most a few hundred terms of order one, over a few layers.
@@ -115,6 +115,45 @@ def test_two_segments_of_blocks_equal_the_equations(enter_mesh: Any) -> None:
     ours = forward(model, tokens, segments, positions)
   expected = reference_decoder.hidden_states(model, tokens[0], segments[0], positions[0], THETA)
   np.testing.assert_allclose(ours[0], expected, atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["openelm:270m", "pangu_pi:1b", "mobilellm:125m_ls"])
+def test_models_that_no_library_has_equal_the_equations(enter_mesh: Any, name: str) -> None:
+  """Forward in float32 against float64, and the gradient against central differences of it."""
+  config = shrunken.config(name)
+  tokens, segments, positions = rows()
+  with enter_mesh((1, 1, 1, 1)):
+    model = build(config)
+    placed = [sharding.place_rows(x) for x in (tokens, segments, positions)]
+    direction = jax.tree.map(
+      lambda x: jax.random.normal(
+        jax.random.key(x.size), x.shape, out_sharding=jax.typeof(x).sharding
+      ),
+      model,
+    )
+
+    ours_size = tokens.shape[1] * config.model.width
+
+    def loss(model: Decoder) -> tuple[jax.Array, jax.Array]:
+      hidden_BSD, _ = model(*placed, rope_theta=THETA)
+      first_B11 = (jnp.arange(2) == 0)[:, None, None]
+      return jnp.sum(jnp.square(hidden_BSD - 1.0) * first_B11) / ours_size, hidden_BSD
+
+    (_, ours), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+  slope = sum(
+    jax.tree.leaves(jax.tree.map(lambda g, d: float(jnp.sum(g * d)), gradient, direction))
+  )
+
+  def expected(step: float) -> np.ndarray:
+    moved = jax.tree.map(
+      lambda x, d: np.asarray(x, np.float64) + step * np.asarray(d, np.float64), model, direction
+    )
+    return reference_decoder.hidden_states(moved, tokens[0], segments[0], positions[0], THETA)
+
+  np.testing.assert_allclose(ours[0], expected(0.0), atol=10 * TOLERANCE, rtol=10 * TOLERANCE)
+  up, down = (np.mean((expected(step) - 1.0) ** 2) for step in (1e-5, -1e-5))
+  # Central differences in float64 are exact to about 1e-8; float32 gradients to a few 1e-4.
+  assert slope == pytest.approx((up - down) / 2e-5, rel=2e-3)
 
 
 def test_gradient_reaches_earlier_tokens_of_the_same_document_only(enter_mesh: Any) -> None:
