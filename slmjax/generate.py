@@ -127,7 +127,9 @@ def _sample(
     cache=model.empty_cache(rows, length + tokens),
   )
   assert cache is not None
-  first_B = _draw(_logits(model, hidden_BSD), jax.random.fold_in(key, 0), sampling)
+  table_VE = sharding.whole(model.output_VE.astype(hidden_BSD.dtype))
+  layers, cache = model.one_by_one(cache)
+  first_B = _draw(_logits(model, table_VE, hidden_BSD), jax.random.fold_in(key, 0), sampling)
   drawn_BS = jnp.zeros((rows, tokens), jnp.int32).at[:, 0].set(first_B)
   done_B = jnp.isin(first_B, stop_ids)
 
@@ -143,8 +145,9 @@ def _sample(
       *(sharding.as_rows(x[:, None]) for x in arrays_B1),
       rope_theta=rope_theta,
       cache=cache,
+      layers=layers,
     )
-    token_B = _draw(_logits(model, hidden_B1D), jax.random.fold_in(key, i), sampling)
+    token_B = _draw(_logits(model, table_VE, hidden_B1D), jax.random.fold_in(key, i), sampling)
     drawn_BS = jax.lax.dynamic_update_slice_in_dim(drawn_BS, token_B[:, None], i, axis=1)
     assert longer is not None
     return i + 1, drawn_BS, token_B, longer, done_B | jnp.isin(token_B, stop_ids)
@@ -153,11 +156,10 @@ def _sample(
   return jax.lax.while_loop(unfinished, extend, carry)[1]
 
 
-def _logits(model: Decoder, hidden_BSD: jax.Array) -> jax.Array:
+def _logits(model: Decoder, table_VE: jax.Array, hidden_BSE: jax.Array) -> jax.Array:
   """Scores of the token after the last position, [B, V] in float32, whole on each device."""
-  table_VD = sharding.whole(model.output_VE.astype(hidden_BSD.dtype))
-  last_BD = sharding.whole(hidden_BSD)[:, -1]
-  logits_BV = jnp.einsum("bd,vd->bv", last_BD, table_VD, preferred_element_type=jnp.float32)
+  last_BE = sharding.whole(hidden_BSE)[:, -1]
+  logits_BV = jnp.einsum("be,ve->bv", last_BE, table_VE, preferred_element_type=jnp.float32)
   softcap = model.model.logits.softcap
   return logits_BV if softcap is None else softcap * jnp.tanh(logits_BV / softcap)
 

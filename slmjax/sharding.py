@@ -115,6 +115,8 @@ def gather(weight: jax.Array, spec: WeightSpec, dtype: jnp.dtype) -> jax.Array:
   scattered over fsdp and only then, as a shard, summed over the other axes. Without it the whole
   gradient would be summed on every device, and all but the shard thrown away.
   """
+  if "fsdp" not in jax.typeof(weight).sharding.spec:  # gathered before, by `gathered`
+    return weight.astype(dtype)
   axis = spec.stored.index("fsdp")
   tokens = Specs.row_axes
 
@@ -125,6 +127,15 @@ def gather(weight: jax.Array, spec: WeightSpec, dtype: jnp.dtype) -> jax.Array:
 
   used = P(*spec.used, reduced=frozenset(tokens))
   return jax.shard_map(local, in_specs=spec.stored, out_specs=used)(weight)
+
+
+def gathered(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """A stored weight as `gather` gives it, for a program that uses it many times and needs no
+  gradient. What is not spread over fsdp stays as it is."""
+  spec = jax.typeof(weight).sharding.spec
+  if "fsdp" not in spec:
+    return weight
+  return jax.reshard(weight.astype(dtype), P(*(None if a == "fsdp" else a for a in spec)))
 
 
 def take_rows(table_VD: jax.Array, ids_BS: jax.Array, specs: Specs, dtype: jnp.dtype) -> jax.Array:

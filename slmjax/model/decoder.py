@@ -5,7 +5,7 @@ B rows, S positions, T cached positions, D model width.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from slmjax.model_config import (
   RotaryPositions,
   SegmentConfig,
 )
-from slmjax.sharding import Specs, gather, take_rows
+from slmjax.sharding import Specs, gather, gathered, take_rows
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,7 @@ class Decoder(nnx.Module):
     *,
     rope_theta: float | None,
     cache: Cache | None = None,
+    layers: Sequence[Sequence[Block]] | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states [B, S, E] in the compute dtype, and the cache with these tokens in it.
 
@@ -92,6 +93,7 @@ class Decoder(nnx.Module):
       positions_BS: int32, each token's position in its segment.
       rope_theta: base of the rotary angles, the stage's; None for a model without them.
       cache: None in training; else the tokens are appended to it and attend to all it holds.
+      layers: None, or the blocks as `one_by_one` gave them, with a cache that went through it too.
     """
     model = self.model
     x_BSD = self._embed(tokens_BS, positions_BS)
@@ -107,13 +109,16 @@ class Decoder(nnx.Module):
       assert rope_theta is not None
       cos_BSR, sin_BSR = position.rotary_angles(positions_BS, model.positions, rope_theta)
     context = Context(segments_BS, kv_segments_BT, start, cos_BSR, sin_BSR, window=None)
-    layers: list[LayerCache | None] = []
+    caches: list[LayerCache | None] = []
     for i, (segment, blocks) in enumerate(zip(model.segments, self.segments, strict=True)):
       kept = None if cache is None else cache.layers[i]
-      x_BSD, kept = _scan(blocks, x_BSD, context, kept, segment, self.compute.remat)
-      layers.append(kept)
+      if layers is None:
+        x_BSD, kept = _scan(blocks, x_BSD, context, kept, segment, self.compute.remat)
+      else:
+        x_BSD, kept = _loop(layers[i], x_BSD, context, kept, segment)
+      caches.append(kept)
     if cache is not None:
-      cache = Cache(start + tokens_BS.shape[1], kv_segments_BT, tuple(layers))
+      cache = Cache(start + tokens_BS.shape[1], kv_segments_BT, tuple(caches))
     return self._to_output(x_BSD), cache
 
   def _embed(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
@@ -160,6 +165,26 @@ class Decoder(nnx.Module):
       ),
     )
 
+  def one_by_one(self, cache: Cache) -> tuple[list[list[Block]], Cache]:
+    """The blocks of each segment and their slots of a cache, each with arrays of its own.
+
+    For a loop that decodes token by token: in each step a scan would copy every block's weights and
+    slots out of the stacked arrays, and every weight would be cast and gathered again. It costs the
+    memory of all blocks' weights once more, in the compute dtype and whole on each `fsdp` device.
+    """
+    dtype = jnp.dtype(self.compute.compute_dtype)
+    layers, slots = [], []
+    for segment, blocks, kept in zip(self.model.segments, self.segments, cache.layers, strict=True):
+      used = jax.tree.map(lambda x: gathered(x, dtype), blocks)
+      layers.append([jax.tree.map(lambda x, i=i: x[i], used) for i in range(segment.layers)])
+      slots.append(
+        [
+          [jax.tree.map(lambda x, i=i, j=j: x[i, j], kept) for j in range(segment.repeat)]
+          for i in range(segment.layers)
+        ]
+      )
+    return layers, dataclasses.replace(cache, layers=tuple(slots))
+
 
 def _stack(
   model: ModelConfig,
@@ -178,15 +203,10 @@ def _stack(
   )
 
 
-def _windows(segment: SegmentConfig) -> jax.Array | int | None:
-  """The attention window of a segment's layers: one for all of them, or one each, int32[L]."""
-  if not isinstance(segment.attention, HeadsAttention):
-    return None
-  windows = segment.attention.windows
-  each = [windows[i % len(windows)] for i in range(segment.layers)]
-  if len(set(each)) > 1:
-    return jnp.asarray(each, jnp.int32)
-  return each[0] or None
+def _windows(segment: SegmentConfig) -> list[int | None]:
+  """The attention window of each of a segment's layers."""
+  windows = segment.attention.windows if isinstance(segment.attention, HeadsAttention) else (0,)
+  return [windows[i % len(windows)] or None for i in range(segment.layers)]
 
 
 def _scan(
@@ -199,13 +219,15 @@ def _scan(
 ) -> tuple[jax.Array, LayerCache | None]:
   """Applies a segment: each block `repeat` times in a row, each pass with its own cache slot."""
   windows = _windows(segment)
-  per_layer = windows if isinstance(windows, jax.Array) else None
+  per_layer = None
+  if len(set(windows)) > 1:
+    per_layer = jnp.asarray([window or 0 for window in windows], jnp.int32)
 
   def body(
     x_BSD: jax.Array, layer: tuple[Block, LayerCache | None, jax.Array | None]
   ) -> tuple[jax.Array, LayerCache | None]:
     block, slots, window = layer
-    seen = dataclasses.replace(context, window=windows if window is None else window)
+    seen = dataclasses.replace(context, window=windows[0] if window is None else window)
     kept = []
     for j in range(segment.repeat):
       slot = None if slots is None else jax.tree.map(lambda x, j=j: x[j], slots)
@@ -214,6 +236,24 @@ def _scan(
     return x_BSD, None if slots is None else jax.tree.map(lambda *x: jnp.stack(x), *kept)
 
   return jax.lax.scan(_rematerialise(body, remat), x_BSD, (blocks, cache, per_layer))
+
+
+def _loop(
+  blocks: Sequence[Block],
+  x_BSD: jax.Array,
+  context: Context,
+  slots: Sequence[Sequence[LayerCache]],
+  segment: SegmentConfig,
+) -> tuple[jax.Array, list[list[LayerCache]]]:
+  """As `_scan`, of blocks and slots one by one."""
+  kept = []
+  for each, passes, window in zip(blocks, slots, _windows(segment), strict=True):
+    seen = dataclasses.replace(context, window=window)
+    kept.append([])
+    for slot in passes:
+      x_BSD, slot = each(x_BSD, seen, slot)
+      kept[-1].append(slot)
+  return x_BSD, kept
 
 
 def _rematerialise(body: Callable, remat: str) -> Callable:
