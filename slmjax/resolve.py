@@ -83,12 +83,13 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
     return _convert(options[0], value, path)
   if not isinstance(value, Mapping):
     raise ConfigError(f"{path} must be a mapping, got {type(value).__name__} {value!r}")
+  if "kind" not in value:
+    raise ConfigError(f"{path}.kind is missing; every setting has to be given")
   names = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in options}
-  if value.get("kind") not in names:
-    raise ConfigError(
-      f"{path}.kind is {value.get('kind')!r}; choose one of {', '.join(map(repr, names))}"
-    )
-  return _convert_dataclass(names[value["kind"]], value, path)
+  kind = value["kind"]
+  if not isinstance(kind, str) or kind not in names:
+    raise ConfigError(f"{path}.kind is {kind!r}; choose one of {', '.join(map(repr, names))}")
+  return _convert_dataclass(names[kind], value, path)
 
 
 def _convert_dataclass(kind: Any, value: Any, path: str) -> Any:

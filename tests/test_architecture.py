@@ -146,7 +146,8 @@ def test_no_broad_except():
 
 def test_configs_have_no_defaults():
   """Every setting is given in the recipe: a dataclass field of the config has no default."""
-  for node in ast.walk(FILES["slmjax/config.py"]):
+  files = (FILES["slmjax/config.py"], FILES["slmjax/model_config.py"])
+  for node in itertools.chain.from_iterable(map(ast.walk, files)):
     if isinstance(node, ast.ClassDef):
       fields = [statement for statement in node.body if isinstance(statement, ast.AnnAssign)]
       assert not [ast.unparse(field) for field in fields if field.value is not None], node.name

@@ -1,27 +1,15 @@
 """Every combination that cannot work is refused in one line that names the setting and shows the
 arithmetic. One case for each refusal in slmjax/resolve.py; the last test counts them."""
 
-import ast
-import inspect
-import traceback
-
 import pytest
 
 from slmjax import resolve as module
 from slmjax.config import ConfigError
 from slmjax.resolve import resolve, resolve_mesh
-from tests import small
+from tests import shrunken, small
+from tests.refusals import change, missed
 
 RATE = "config.stages[1] (curated).learning_rate"
-
-
-def change(raw, path, value):
-  """Sets a dotted path; `stages.1.x` indexes a list."""
-  *parents, last = path.split(".")
-  owner = raw
-  for key in parents:
-    owner = owner[int(key)] if key.isdigit() else owner[key]
-  owner[last] = value
 
 
 def edited(changes):
@@ -51,30 +39,6 @@ CASES = [
     "config.data.sources.wiki is in no stage's sources; add it to one or remove it",
   ),
   ({"stages.1.learning_rate.end": 0.005}, f"{RATE}: end 0.005 is above peak 0.004"),
-  # config.model
-  *(
-    ({f"model.{name}": 0}, f"config.model.{name} is {zero}; it must be above 0")
-    for name, zero in [
-      ("vocab_size", 0),
-      ("width", 0),
-      ("max_length", 0),
-      ("norm_eps", 0.0),
-      ("init_std", 0.0),
-    ]
-  ),
-  *(
-    ({f"model.segments.0.{n}": -1}, f"config.model.segments[0].{n} is -1; it must be above 0")
-    for n in ("layers", "repeat", "heads", "kv_heads", "head_width", "ffn_width")
-  ),
-  (
-    {"model.segments.0.kv_heads": 3},
-    "config.model.segments[0].kv_heads 3 does not divide config.model.segments[0].heads 4 "
-    "(remainder 1)",
-  ),
-  (
-    {"model.segments.0.head_width": 7},
-    "config.model.segments[0].head_width is 7; rotary positions need an even width",
-  ),
   # config.optimizer
   *(
     ({f"optimizer.{name}": 0.0}, f"config.optimizer.{name} is 0.0; it must be above 0")
@@ -167,6 +131,15 @@ CASES = [
     {"stages.1.tokens": 511},
     "config.stages[1] (curated).tokens 511 does not pay for one batch of 512 tokens",
   ),
+  (
+    {"stages.1.rope_theta": None},
+    "config.stages[1] (curated).rope_theta is None; rotary positions need a base",
+  ),
+  (
+    {"model": shrunken.model("gpt2:124m")},
+    "config.stages[0] (general).rope_theta is 10000.0, but the model has no rotary positions; set "
+    "it to None",
+  ),
   # learning rates
   *(
     ({f"stages.1.learning_rate.{n}": bad}, f"{RATE}.{n} is {bad}; it must not be negative")
@@ -250,40 +223,6 @@ MESH_CASES = [
     {"mesh.tensor": 4},
     "config.mesh: replica 1 x fsdp 0 x context 1 x tensor 4 = 0, but there are 2 devices",
   ),
-  (3, {}, "config.mesh.fsdp 3 does not divide config.model.width 32 (remainder 2)"),
-  (
-    2,
-    {"mesh.tensor": 2, "model.vocab_size": 383},
-    "config.mesh.tensor 2 does not divide config.model.vocab_size 383 (remainder 1)",
-  ),
-  (
-    8,
-    {"mesh.tensor": 8},
-    "config.mesh.tensor 8 does not divide config.model.segments[0].heads 4 (remainder 4)",
-  ),
-  (
-    4,
-    {"mesh.tensor": 4, "model.segments.0.ffn_width": 66},
-    "config.mesh.tensor 4 does not divide config.model.segments[0].ffn_width 66 (remainder 2)",
-  ),
-  (
-    2,
-    {
-      "mesh.tensor": 2,
-      "model.segments.0.heads": 6,
-      "model.segments.0.kv_heads": 3,
-    },
-    "config.mesh.tensor 2 does not divide config.model.segments[0].kv_heads 3 (remainder 1)",
-  ),
-  (
-    4,
-    {
-      "mesh.tensor": 4,
-      "model.segments.0.heads": 12,
-      "model.segments.0.kv_heads": 3,
-    },
-    "config.model.segments[0].kv_heads 3 does not divide config.mesh.tensor 4 (remainder 1)",
-  ),
   (
     8,
     {},
@@ -305,18 +244,5 @@ def test_mesh_refuses(devices, changes, message):
 
 def test_every_refusal_has_a_case():
   """Each line of resolve.py that can refuse does so in some case above: a new one needs a case."""
-  tree = ast.parse(inspect.getsource(module))
-  refusals = {
-    node.lineno: ast.unparse(node)
-    for node in ast.walk(tree)
-    if isinstance(node, ast.Call)
-    and isinstance(node.func, ast.Name)
-    and node.func.id in ("_require", "_positive", "_divides")
-  }
-  hit = set()
-  for error in (*(refusal(c) for c, _ in CASES), *(mesh_refusal(d, c) for d, c, _ in MESH_CASES)):
-    for frame, line in traceback.walk_tb(error.__traceback__):
-      if frame.f_code.co_filename == module.__file__:
-        hit.add(line)
-  missed = {line: text for line, text in refusals.items() if line not in hit}
-  assert not missed
+  errors = [*(refusal(c) for c, _ in CASES), *(mesh_refusal(d, c) for d, c, _ in MESH_CASES)]
+  assert not missed(module, errors)
