@@ -8,9 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from slmjax import checkpoint
 from slmjax.convert import parity as parity_of
 from slmjax.convert.family import Family
@@ -23,6 +20,7 @@ from slmjax.data.tokenizer import Tokenizer
 from slmjax.durable import sync_directory, write_atomically
 from slmjax.errors import UserError
 from slmjax.model_config import ModelConfig
+from slmjax.parameters import parameters
 from slmjax.resolve import resolve, resolve_model
 
 # As transformers names the dtypes in config.json.
@@ -100,34 +98,17 @@ def export_folder(
     raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
   step = _step(run, step)
   what = exportable(run, step)
-  shapes = array_shapes(what.model)
-  tensors = lay_out(what.family.names, what.model, shapes)
-  dtype = DTYPES[what.dtype]
   out.absolute().parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
   try:
     temporary.mkdir()
-    theirs = {name: tensor.shape for name, tensor in tensors.items()}
-    writer = Writer(temporary, theirs, dtype, int(shard_gb * 1e9))
-    for name in shapes:
-      array = checkpoint.read_array(run, step, name)
-      if array.dtype != (ml_dtypes.bfloat16 if what.param_dtype == "bfloat16" else np.float32):
-        raise UserError(f"{run}: {name} is {array.dtype} and the config says {what.param_dtype}")
-      for tensor, part in parts_of(name, tensors):
-        layer = array if part.layer is None else array[part.layer]
-        tensor.write(part, layer.astype(dtype, copy=False), writer[tensor.name])
-      del array
-    writer.close()
-    text = json.dumps(what.config, indent=2) + "\n"
-    write_atomically(temporary / "config.json", text.encode())
-    files = copy_files(run, temporary)
     done = {
       "out": str(out),
       "model_type": what.family.model_type,
-      "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
-      "tensors": len(tensors),
+      "parameters": parameters(what.model),
+      "tensors": write_model(what, run, step, temporary, int(shard_gb * 1e9)),
       "dtype": _TORCH_NAMES[what.dtype],
-      "tokenizer_files": files,
+      "tokenizer_files": copy_files(run, temporary),
     }
     if parity:
       done["parity"] = parity_of.compare(what, run, step, temporary)
@@ -139,6 +120,24 @@ def export_folder(
     shutil.rmtree(temporary, ignore_errors=True)
   sync_directory(out.absolute().parent)
   return done
+
+
+def write_model(what: Exportable, run: Path, step: int, folder: Path, shard_bytes: int) -> int:
+  """Config and tensors of a checkpoint, into a folder that is there; the number of tensors."""
+  shapes = array_shapes(what.model)
+  tensors = lay_out(what.family.names, what.model, shapes)
+  dtype = DTYPES[what.dtype]
+  theirs = {name: tensor.shape for name, tensor in tensors.items()}
+  writer = Writer(folder, theirs, dtype, shard_bytes)
+  for name in shapes:
+    array = checkpoint.read_array(run, step, name)
+    for tensor, part in parts_of(name, tensors):
+      layer = array if part.layer is None else array[part.layer]
+      tensor.write(part, layer.astype(dtype, copy=False), writer[tensor.name])
+  writer.close()
+  text = json.dumps(what.config, indent=2) + "\n"
+  write_atomically(folder / "config.json", text.encode())
+  return len(tensors)
 
 
 def _step(run: Path, step: int | None) -> int:

@@ -23,6 +23,7 @@ from slmjax.durable import sync_directory
 from slmjax.errors import UserError
 from slmjax.model.decoder import Decoder
 from slmjax.model_config import ModelConfig
+from slmjax.parameters import parameters
 from slmjax.resolve import resolve_model
 from slmjax.sharding import Specs
 
@@ -82,7 +83,7 @@ def import_folder(source: Path, out: Path, ignore: Sequence[str]) -> dict[str, A
   return {
     "out": str(out),
     "model_type": family.model_type,
-    "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
+    "parameters": parameters(model),
     "tensors": len(tensors),
     "dtype": meta["param_dtype"],
     "tokenizer_files": files,

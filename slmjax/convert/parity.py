@@ -108,6 +108,7 @@ def logits(model: Decoder, tokens_BS: jax.Array, rope_theta: float | None) -> ja
 def _their_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
   torch = importlib.import_module("torch")
   transformers = importlib.import_module("transformers")
+  transformers.utils.logging.disable_progress_bar()
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
   )

@@ -62,7 +62,7 @@ def describe(model: ModelConfig, rope_theta: float | None) -> tuple[Family, dict
       nearest, near_type = lines, family.model_type
   if nearest is None:
     raise UserError("no model_type of Hugging Face has blocks of this kind; it cannot be exported")
-  shown = "; ".join(nearest[:3])
+  shown = "; ".join(line if len(line) < 120 else f"{line[:117]}..." for line in nearest[:3])
   raise UserError(
     f"no model_type of Hugging Face computes what this model does; as {near_type}, the nearest, it "
     f"would differ in {shown}"

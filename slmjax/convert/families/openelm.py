@@ -71,8 +71,8 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
     num_gqa_groups=attention.heads // attention.kv_heads,
     num_query_heads=heads,
     num_kv_heads=groups,
-    qkv_multipliers=[round(n * attention.head_width / model.width, 2) for n in _outer(heads)],
-    ffn_multipliers=[round(w, 2) for w in _outer(widths)],
+    qkv_multipliers=_halves([n * attention.head_width / model.width for n in heads]),
+    ffn_multipliers=_halves(widths),
     ffn_dim_divisor=_DIVISOR,
     ffn_with_glu=True,
     activation_fn_name="swish",
@@ -86,8 +86,10 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   )
 
 
-def _outer(values: list[Any]) -> tuple[Any, Any]:
-  return values[0], values[-1]
+def _halves(multipliers: list[float]) -> list[float]:
+  """The ends of what multipliers were before their products were rounded: those of published
+  models are multiples of a half."""
+  return [round(2 * end) / 2 for end in (multipliers[0], multipliers[-1])]
 
 
 OPENELM = Family(
