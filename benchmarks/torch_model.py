@@ -46,14 +46,17 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class Decoder(nn.Module):
   """Llama-type, tied embeddings, one run of equal blocks."""
 
+  frequencies: torch.Tensor
+
   def __init__(self, model: ModelConfig, theta: float):
     super().__init__()
     (segment,) = model.segments
     self.embed = nn.Embedding(model.vocab_size, model.width)
     nn.init.normal_(self.embed.weight, std=model.init.std)
-    self.blocks = nn.ModuleList(Block(model) for _ in range(segment.layers))
+    blocks = [Block(model) for _ in range(segment.layers)]
+    self.blocks = nn.ModuleList(blocks)
     self.norm = nn.RMSNorm(model.width, eps=model.norm.eps)
-    head_width = self.blocks[0].h
+    head_width = blocks[0].h
     powers = torch.arange(0, head_width, 2) / head_width
     self.register_buffer("frequencies", theta**-powers)
 

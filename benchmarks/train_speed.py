@@ -134,6 +134,7 @@ def run_torch(stage_index: int, seconds: float) -> dict[str, Any]:
   config = tiny()
   stage, settings = config.stages[stage_index], config.optimizer
   before = _resident()
+  assert stage.rope_theta is not None
   model = Decoder(config.model, stage.rope_theta)
   optimizer = torch.optim.AdamW(
     model.parameters(),

@@ -79,7 +79,8 @@ def test_windows_cost_what_they_see():
     matrices = 2 * (parameters(model) - (2 * 2 + 1) * model.width - model.vocab_size * model.width)
     return flops.forward_flops_per_token(model, 64) - matrices
 
-  assert cost(0) == 2 * 2 * 4 * 8 * 64  # two layers, scores and values, heads, width, half of 2 x 64
+  # Two layers, scores and values, four heads of 8, half of two FLOPs times 64 keys.
+  assert cost(0) == 2 * 2 * 4 * 8 * 64
   assert cost(32) == pytest.approx(0.75 * cost(0))
   assert cost(64) == cost(0)
 

@@ -6,6 +6,7 @@ K key/value heads, H head width.
 
 import dataclasses
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from slmjax.model.context import Context
 from slmjax.model.norm import AllHeadsNorm, HeadNorm
 from slmjax.model_config import AlibiPositions, HeadsAttention, ModelConfig, RotaryPositions
 from slmjax.sharding import Specs, gather, shard_attention
+
+
+Kept = TypeVar("Kept")  # arrays [B, T, ...] that attention keeps
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +42,7 @@ class KeyValues:
     return cls(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
 
 
-def append(cache: object, new: object, start: jax.Array) -> object:
+def append(cache: Kept, new: Kept, start: jax.Array) -> Kept:
   """Writes the arrays of `new` into those of `cache`, from position `start` of their axis T."""
   return jax.tree.map(
     lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=1), cache, new
@@ -47,6 +51,9 @@ def append(cache: object, new: object, start: jax.Array) -> object:
 
 class Attention(nnx.Module):
   """Multi-head, grouped-query (arXiv 2305.13245) or multi-query attention, causal in segments."""
+
+  q_norm: HeadNorm | AllHeadsNorm
+  k_norm: HeadNorm | AllHeadsNorm
 
   def __init__(
     self,
@@ -96,8 +103,9 @@ class Attention(nnx.Module):
     if heads.qk_norm != "none":
       q_BSNH, k_BSKH = self.q_norm(q_BSNH), self.k_norm(k_BSKH)
     if isinstance(self.positions, RotaryPositions):
-      angles = (context.cos_BSR, context.sin_BSR, self.positions.layout)
-      q_BSNH, k_BSKH = (position.rotate(x, *angles) for x in (q_BSNH, k_BSKH))
+      assert context.angles_BSR is not None
+      layout = self.positions.layout
+      q_BSNH, k_BSKH = (position.rotate(x, *context.angles_BSR, layout) for x in (q_BSNH, k_BSKH))
 
     seen = KeyValues(k_BSKH, v_BSKH)
     if cache is not None:
@@ -119,5 +127,6 @@ class Attention(nnx.Module):
       slopes_N=slopes_N,
     )
     out_NHD = gather(self.out_NHD[...], specs.out_NHD, dtype)
-    out_BSD = jnp.einsum("bsnh,nhd->bsd", out_BSNH, out_NHD, out_sharding=specs.act_BSD)
+    # einsum sums in alphabetical order: "nhd" would be transposed, and copied on CPU, so n is g.
+    out_BSD = jnp.einsum("bsgh,ghd->bsd", out_BSNH, out_NHD, out_sharding=specs.act_BSD)
     return (out_BSD + self.out_bias_D[...].astype(dtype) if heads.out_bias else out_BSD), cache

@@ -34,6 +34,9 @@ _AFTER = ("post", "output", "sandwich")
 class Block(nnx.Module):
   """Attention and feed-forward, wired as `BlockConfig` says."""
 
+  attention: Attention | LatentAttentionLayer | TimeMix
+  ffn: FeedForwardLayer | ChannelMix
+
   def __init__(
     self,
     model: ModelConfig,

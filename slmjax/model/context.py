@@ -18,13 +18,12 @@ class Context:
   """Where the tokens of a call stand.
 
   `segments_BS` are their segment ids (0 is padding), `kv_segments_BT` those of the keys; token i
-  sits at index `start` + i of the keys. Cosines and sines are there for rotary positions only.
+  sits at index `start` + i of the keys. `angles_BSR` are cosines and sines, for rotary positions.
   `window` is the layer's, which may differ from its neighbours': None or 0 is none.
   """
 
   segments_BS: jax.Array
   kv_segments_BT: jax.Array
   start: jax.Array
-  cos_BSR: jax.Array | None
-  sin_BSR: jax.Array | None
+  angles_BSR: tuple[jax.Array, jax.Array] | None
   window: jax.Array | int | None

@@ -104,11 +104,11 @@ class Decoder(nnx.Module):
       kv_segments_BT = jax.lax.dynamic_update_slice_in_dim(
         cache.segments_BT, segments_BS, start, axis=1
       )
-    cos_BSR, sin_BSR = None, None
+    angles_BSR = None
     if isinstance(model.positions, RotaryPositions):
       assert rope_theta is not None
-      cos_BSR, sin_BSR = position.rotary_angles(positions_BS, model.positions, rope_theta)
-    context = Context(segments_BS, kv_segments_BT, start, cos_BSR, sin_BSR, window=None)
+      angles_BSR = position.rotary_angles(positions_BS, model.positions, rope_theta)
+    context = Context(segments_BS, kv_segments_BT, start, angles_BSR, window=None)
     caches: list[LayerCache | None] = []
     for i, (segment, blocks) in enumerate(zip(model.segments, self.segments, strict=True)):
       kept = None if cache is None else cache.layers[i]
@@ -242,11 +242,11 @@ def _loop(
   blocks: Sequence[Block],
   x_BSD: jax.Array,
   context: Context,
-  slots: Sequence[Sequence[LayerCache]],
+  slots: LayerCache,
   segment: SegmentConfig,
 ) -> tuple[jax.Array, list[list[LayerCache]]]:
   """As `_scan`, of blocks and slots one by one."""
-  kept = []
+  kept: list[list[LayerCache]] = []
   for each, passes, window in zip(blocks, slots, _windows(segment), strict=True):
     seen = dataclasses.replace(context, window=window)
     kept.append([])

@@ -97,7 +97,8 @@ class LatentAttentionLayer(nnx.Module):
     latent_BSC = self.kv_latent_norm(jnp.einsum("bsd,dc->bsc", x_BSD, kv_down_DC))
     k_rope_DP = gather(self.k_rope_DP[...], specs.down_DR, dtype)
     k_rope_BS1P = jnp.einsum("bsd,dp->bsp", x_BSD, k_rope_DP)[:, :, None]
-    angles = (context.cos_BSR, context.sin_BSR, self.positions.layout)
+    assert context.angles_BSR is not None
+    angles = (*context.angles_BSR, self.positions.layout)
     q_rope_BSNP, k_rope_BS1P = (position.rotate(x, *angles) for x in (q_rope_BSNP, k_rope_BS1P))
     k_up_CNH = gather(self.k_up_CNH[...], specs.q_DNH, dtype)
     v_up_CNU = gather(self.v_up_CNU[...], specs.q_DNH, dtype)

@@ -72,8 +72,8 @@ def attention(
   if implementation == "auto":
     implementation = _choose(q_BSNH.shape, k_BTKH.shape)
   arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
-  if isinstance(window, int) and window == 0:
-    window = None
+  if isinstance(window, int) and (window == 0 or window >= k_BTKH.shape[1]):
+    window = None  # it hides nothing
   if window is not None:
     # From here on a window has a width, also where a traced 0 says that there is none.
     window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window).astype(jnp.int32)
