@@ -17,6 +17,7 @@ from slmjax.convert.names import lay_out
 from slmjax.convert.registry import FAMILIES, describe
 from slmjax.convert.tokenizer_files import copy_files
 from slmjax.data.tokenizer import Tokenizer
+from slmjax.data.tokenizer_files import find
 from slmjax.durable import sync_directory, write_atomically
 from slmjax.errors import UserError
 from slmjax.model_config import ModelConfig
@@ -75,11 +76,11 @@ def exportable(run: Path, step: int) -> Exportable:
 
 def _special_ids(run: Path) -> dict[str, int | None]:
   """Ids of the run's tokenizer: those of the class's own defaults would be another one's."""
-  for name in ("tokenizer.model", "tokenizer.json"):
-    if (run / name).exists():
-      tokenizer = Tokenizer.load(run / name)
-      return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-  return {"bos_token_id": None, "eos_token_id": None}
+  path = find(run)
+  if path is None:
+    return {"bos_token_id": None, "eos_token_id": None}
+  tokenizer = Tokenizer.load(path)
+  return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
 def export_folder(

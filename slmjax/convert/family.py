@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from slmjax.architecture import Settings
-from slmjax.convert.fields import ROPE, ROPE_LENGTH, Fields
+from slmjax.convert.fields import Fields
 from slmjax.convert.names import Names
 from slmjax.convert.rope import Rope
 from slmjax.model_config import FeedForward, HeadsAttention, ModelConfig, RotaryPositions
@@ -53,8 +53,7 @@ class Family:
     Raises:
       UserError: a field that cannot be honoured.
     """
-    fields = Fields(config, self.defaults, where=where, aliases=self.aliases)
-    fields.know([*self.defaults, *((*ROPE, ROPE_LENGTH) if self.rope else ())])
+    fields = Fields(config, self.defaults, where=where, aliases=self.aliases, rope=self.rope)
     fields.check(self.accepted, allowed)
     return self.read(fields)
 

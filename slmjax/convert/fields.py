@@ -43,8 +43,11 @@ _EVERYWHERE: Mapping[str, tuple[Any, ...]] = {
   "pruned_heads": ({}, None),
 }
 
-ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 ROPE_LENGTH = "original_max_position_embeddings"
+ROPE_FIELDS = (
+  *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+  ROPE_LENGTH,
+)
 
 _ACTIVATIONS = {
   "silu": "silu",
@@ -76,8 +79,10 @@ class Fields:
     *,
     where: str,
     aliases: Mapping[str, str],
+    rope: bool,
   ):
-    """`aliases` are other names of fields, with those that `defaults` has."""
+    """`aliases` are other names of fields, with those that `defaults` has; `rope` says whether the
+    fields of rotary positions are read."""
     self.where = where
     self.given = dict(config)
     for alias, name in aliases.items():
@@ -87,6 +92,7 @@ class Fields:
           self.refuse(alias, value, f"{name} is {self.given[name]!r}; they must agree")
         self.given[name] = value
     self._values = {**defaults, **self.given}
+    self._read = frozenset([*defaults, *(ROPE_FIELDS if rope else ())])
 
   def check(self, accepted: Mapping[str, tuple[Any, ...]], allowed: Collection[str]) -> None:
     """Refuses what this conversion does not honour; `allowed` are names that the user has cleared.
@@ -94,23 +100,18 @@ class Fields:
     `accepted` are the family's fields with all values that they may have.
     """
     accepted = {**_EVERYWHERE, **accepted}
+    for name, values in accepted.items():
+      if name in self.given and self.given[name] not in values:
+        wanted = " or ".join(repr(value) for value in values)
+        self.refuse(name, self.given[name], f"only {wanted} can be converted")
     for name, value in self.given.items():
-      if name in accepted:
-        if value not in accepted[name]:
-          wanted = " or ".join(repr(v) for v in accepted[name])
-          self.refuse(name, value, f"only {wanted} can be converted")
-      elif name not in self._known and name not in allowed and value not in (None, False, [], {}):
+      known = name in accepted or name in self._read or name in IGNORED or name in allowed
+      if not known and value not in (None, False, [], {}):
         self.refuse(
           name,
           value,
           f"unknown here; if it does not change what the model computes, pass --ignore={name}",
         )
-
-  _known: Collection[str] = ()
-
-  def know(self, names: Collection[str]) -> None:
-    """Names of the fields that the family reads."""
-    self._known = frozenset(names) | IGNORED
 
   def refuse(self, name: str, value: Any, why: str) -> None:
     raise UserError(f"{self.where}: {name} is {value!r}; {why}")

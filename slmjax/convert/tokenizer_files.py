@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.convert.hf_files import read_json
+from slmjax.data.tokenizer_files import find
 
 # What folders of Hugging Face have beside config and weights that belongs to the tokenizer or to
 # generation.
@@ -33,11 +34,10 @@ def copy_files(source: Path, target: Path) -> list[str]:
 def describe_tokenizer(folder: Path) -> dict[str, Any] | None:
   """What a checkpoint records of the tokenizer in a folder: the digest of its file, and whether
   texts begin with BOS. None where there is none."""
-  for name in ("tokenizer.model", "tokenizer.json"):
-    if (folder / name).is_file():
-      digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-      return {"sha256": digest, "add_bos": _adds_bos(folder)}
-  return None
+  path = find(folder)
+  if path is None:
+    return None
+  return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "add_bos": _adds_bos(folder)}
 
 
 def _adds_bos(folder: Path) -> bool:
