@@ -391,6 +391,7 @@ def test_positions_in_old_and_new_form(
   assert readings[0].rope_theta == 500.0
 
 
+@pytest.mark.medium
 def test_a_run_of_our_own_becomes_a_llama(tmp_path: Path) -> None:
   """The position base is that of the stage of the step, and ids are those of the tokenizer."""
   raw = small.raw_config()

@@ -7,6 +7,7 @@ original length of a stretched rotary embedding.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,31 @@ def test_logits_gradients_and_the_way_back(case: str, tmp_path: Path) -> None:
   with torch.no_grad():
     error = torch.max(torch.abs(own(ids, use_cache=False).logits - expected))
   assert error < 1e-4, family.model_type
+
+
+def test_the_report_of_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It is near zero for an export, and shows a weight that is not the checkpoint's."""
+  original(*CASES["llama"], tmp_path / "original")
+  import_.import_folder(tmp_path / "original", tmp_path / "run", ())
+  done = export.export_folder(tmp_path / "run", tmp_path / "back", None, 5.0, parity=True)
+  assert json.loads((tmp_path / "back" / "parity.json").read_text()) == done["parity"]
+  assert done["parity"]["max_abs_logit_error"] < 1e-4
+  assert done["parity"]["argmax_agreement"] == 1.0
+  assert abs(done["parity"]["kl"]) < 1e-6
+
+  what = export.exportable(tmp_path / "run", 0)
+  spoilt = original("Llama", dict(CASES["llama"][1], rope_theta=20.0), tmp_path / "spoilt")
+  with torch.no_grad():
+    spoilt.lm_head.weight.mul_(2.0)
+  spoilt.save_pretrained(tmp_path / "spoilt")
+  wrong = parity.compare(what, tmp_path / "run", 0, tmp_path / "spoilt")
+  assert wrong["max_abs_logit_error"] > 0.1
+  assert wrong["kl"] > 0.01
+
+  monkeypatch.setattr(parity, "MAX_PARAMETERS", 1000)
+  skipped = parity.compare(what, tmp_path / "run", 0, tmp_path / "back")
+  assert skipped["line"].startswith("parity: not compared")
+  assert "1,000" in skipped["skipped"]
+  theirs = dataclasses.replace(what, family=registry.FAMILIES["openelm"])
+  skipped = parity.compare(theirs, tmp_path / "run", 0, tmp_path / "back")
+  assert skipped["skipped"] == "transformers has no class for openelm"

@@ -15,6 +15,7 @@ from slmjax.errors import UserError
 # generation settings, labels of other heads, book-keeping of the library.
 _IGNORED_TEXT = """
   model_type architectures auto_map torch_dtype dtype transformers_version tokenizer_class
+  custom_pipelines transformers.js_config
   _name_or_path _attn_implementation attn_implementation _commit_hash use_cache cache_implementation
   return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
   torchscript use_bfloat16 task_specific_params finetuning_task problem_type num_labels id2label
@@ -91,6 +92,7 @@ class Fields:
         if name in self.given and self.given[name] != value:
           self.refuse(alias, value, f"{name} is {self.given[name]!r}; they must agree")
         self.given[name] = value
+    self._defaults = defaults
     self._values = {**defaults, **self.given}
     self._read = frozenset([*defaults, *(ROPE_FIELDS if rope else ())])
 
@@ -115,6 +117,10 @@ class Fields:
 
   def refuse(self, name: str, value: Any, why: str) -> None:
     raise UserError(f"{self.where}: {name} is {value!r}; {why}")
+
+  def reads(self, name: str) -> bool:
+    """Whether the class has the field, given or not."""
+    return name in self._defaults
 
   def has(self, name: str) -> bool:
     return self.given.get(name) is not None

@@ -143,6 +143,22 @@ def _end(tensor: Stored) -> int:
   return tensor.start + math.prod(tensor.shape) * itemsize
 
 
+def equal(one: Stored, other: Stored) -> bool:
+  """Whether two tensors are the same to the bit, compared piece by piece."""
+  if (one.shape, one.dtype) != (other.shape, other.dtype):
+    return False
+  left = math.prod(one.shape) * DTYPES[one.dtype].itemsize
+  with one.file.open("rb") as a, other.file.open("rb") as b:
+    a.seek(one.start)
+    b.seek(other.start)
+    while left > 0:
+      size = min(left, 1 << 24)
+      if a.read(size) != b.read(size):
+        return False
+      left -= size
+  return True
+
+
 class Writer:
   """Safetensors files of given tensors, filled in any order.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from slmjax import checkpoint, sharding
 from slmjax.config import ComputeConfig, to_dict
-from slmjax.convert.hf_files import DTYPES, Stored, read_json, stored_in
+from slmjax.convert.hf_files import DTYPES, Stored, equal, read_json, stored_in
 from slmjax.convert.names import Names, Tensor, lay_out
 from slmjax.convert.registry import family_of
 from slmjax.convert.tokenizer_files import copy_files, describe_tokenizer
@@ -144,13 +144,11 @@ def check_tensors(
         f"{stored.file}: {name} is {stored.dtype} and {names.embedding} {dtype}; all weights must "
         f"have one dtype of {', '.join(DTYPES)}"
       )
-  if tied and names.head in found:
-    head, embedding = found[names.head], found[names.embedding]
-    if head.shape != embedding.shape or head.load().tobytes() != embedding.load().tobytes():
-      raise UserError(
-        f"{head.file}: {names.head} differs from {names.embedding}, but config.json ties them; set "
-        "tie_word_embeddings to false if both were trained"
-      )
+  if tied and names.head in found and not equal(found[names.head], found[names.embedding]):
+    raise UserError(
+      f"{found[names.head].file}: {names.head} differs from {names.embedding}, but config.json "
+      "ties them; set tie_word_embeddings to false if both were trained"
+    )
   return dtype
 
 

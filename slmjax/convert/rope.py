@@ -88,11 +88,14 @@ class Rope:
     return float(value)
 
   def _length(self) -> int:
-    """Of the contexts before stretching. Phi-3 has it beside the scaling, which takes priority."""
+    """Of contexts before stretching. Phi-3's class reads it from beside the scaling."""
     fields = self._fields
-    if fields.has(ROPE_LENGTH):
+    if fields.reads(ROPE_LENGTH):
       return fields.integer(ROPE_LENGTH)
-    return int(self._number(ROPE_LENGTH, fields.number("max_position_embeddings")))
+    inside = int(self._number(ROPE_LENGTH, fields.number("max_position_embeddings")))
+    if fields.has(ROPE_LENGTH) and fields[ROPE_LENGTH] != inside:
+      fields.refuse(ROPE_LENGTH, fields[ROPE_LENGTH], f"the scaling's own is {inside}")
+    return inside
 
   def _factor(self) -> float:
     stretch = self._fields.number("max_position_embeddings") / self._length()

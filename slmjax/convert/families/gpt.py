@@ -294,6 +294,7 @@ OPT = Family(
     layer_norm_elementwise_affine=True,
     tie_word_embeddings=True,
   ),
+  accepted=dict(learned_embeddings=(True,)),  # in Galactica's config
   rope=False,
   read=_read_opt,
   write=_write_opt,

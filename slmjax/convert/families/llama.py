@@ -153,6 +153,7 @@ LLAMA = Family(
   model_type="llama",
   architecture="LlamaForCausalLM",
   defaults=_DEFAULTS,
+  accepted=dict(is_llama_config=(True,), rope_interleaved=(False,)),  # in SmolLM's config
   read=_read_llama,
   write=_write_llama,
   names=llama_names({**NORMS, **ATTENTION, **GATED}),

@@ -46,6 +46,10 @@ def _block(attention: str) -> Table:
 
 
 def _read_neox(fields: Fields) -> Reading:
+  # The class reads these two by names of its own only.
+  for name, own in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+    if fields.has(name) and fields.number(name) != fields.number(own):
+      fields.refuse(name, fields[name], f"{own} is {fields[own]}; they must agree")
   rope = Rope(fields, fraction=fields.number("rotary_pct"), theta=fields.number("rotary_emb_base"))
   bias = fields.flag("attention_bias")
   settings = families.gpt(
