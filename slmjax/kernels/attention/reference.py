@@ -49,5 +49,5 @@ def attention(
   weights_BKGST = jnp.where(visible_BKGST, jnp.exp(scores_BKGST - top_BKGS1), 0.0)
   sum_BKGS1 = weights_BKGST.sum(axis=-1, keepdims=True)
   weights_BKGST = weights_BKGST / jnp.where(sum_BKGS1 == 0.0, 1.0, sum_BKGS1)
-  o_BSKGU = jnp.einsum("bkgst,btku->bskgu", weights_BKGST, v_BTKU.astype(jnp.float32))
-  return o_BSKGU.reshape(B, S, N, -1).astype(q_BSNH.dtype)
+  o_BKGSU = jnp.einsum("bkgst,btku->bkgsu", weights_BKGST, v_BTKU.astype(jnp.float32))
+  return jnp.moveaxis(o_BKGSU, 3, 1).reshape(B, S, N, -1).astype(q_BSNH.dtype)
