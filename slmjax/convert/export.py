@@ -135,6 +135,7 @@ def write_model(what: Exportable, run: Path, step: int, folder: Path, shard_byte
     for tensor, part in parts_of(name, tensors):
       layer = array if part.layer is None else array[part.layer]
       tensor.write(part, layer.astype(dtype, copy=False), writer[tensor.name])
+    writer.release()
   writer.close()
   text = json.dumps(what.config, indent=2) + "\n"
   write_atomically(folder / "config.json", text.encode())

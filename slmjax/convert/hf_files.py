@@ -7,6 +7,7 @@ tensor's dtype, shape and place, and the tensors, end to end.
 import dataclasses
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from slmjax.durable import sync_and_close, write_atomically
+from slmjax.durable import write_atomically
 from slmjax.errors import UserError
 
 ONE_FILE = "model.safetensors"
@@ -175,9 +176,9 @@ class Writer:
     """Files of at most `shard_bytes` each, but for a tensor that is larger by itself."""
     self._folder = folder
     self._dtype = dtype
-    self._maps: dict[str, tuple[np.memmap, int]] = {}
+    self._places: dict[str, tuple[mmap.mmap, int]] = {}
     self._shapes = dict(shapes)
-    self._files: list[np.memmap] = []
+    self._files: list[mmap.mmap] = []
     shards = list(self._shards(shard_bytes))
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
@@ -192,15 +193,21 @@ class Writer:
 
   def __getitem__(self, name: str) -> np.ndarray:
     """The tensor, to be written into."""
-    file, start = self._maps[name]
-    data = file[start : start + self._bytes(name)].view(self._dtype)
-    return data.reshape(self._shapes[name])
+    file, start = self._places[name]
+    shape = self._shapes[name]
+    return np.frombuffer(file, self._dtype, math.prod(shape), start).reshape(shape)
+
+  def release(self) -> None:
+    """Leaves to the system what was written, so that it is no memory of this process."""
+    for file in self._files:
+      file.madvise(mmap.MADV_DONTNEED)
 
   def close(self) -> None:
     """Everything on disk."""
-    self._maps.clear()
     for file in self._files:
       file.flush()
+    self.release()
+    self._places.clear()
     self._files.clear()
 
   def _bytes(self, name: str) -> int:
@@ -230,11 +237,11 @@ class Writer:
       }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file = path.open("wb")
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + end)
-    sync_and_close(file)
-    data = np.memmap(path, dtype=np.uint8, mode="r+")
+    with path.open("w+b") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      file.truncate(8 + len(text) + end)
+      file.flush()
+      data = mmap.mmap(file.fileno(), 0)
     self._files.append(data)
     for name in names:
-      self._maps[name] = (data, 8 + len(text) + header[name]["data_offsets"][0])
+      self._places[name] = (data, 8 + len(text) + header[name]["data_offsets"][0])

@@ -160,13 +160,13 @@ def _array(
   found: Mapping[str, Stored],
 ) -> np.ndarray:
   """One of our arrays, filled layer by layer."""
+  parts = list(parts_of(name, tensors))
+  if parts[0][1].layer is None:
+    ((tensor, part),) = parts
+    return np.ascontiguousarray(tensor.read(part, found[tensor.name].load()), dtype)
   array = np.empty(shape, dtype)
-  for tensor, part in parts_of(name, tensors):
-    theirs = found[tensor.name].load()
-    if part.layer is None:
-      array[...] = tensor.read(part, theirs)
-    else:
-      array[part.layer] = tensor.read(part, theirs)
+  for tensor, part in parts:
+    array[part.layer] = tensor.read(part, found[tensor.name].load())
   return array
 
 
