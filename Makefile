@@ -5,7 +5,7 @@ VENV ?= .venv$(VERSION)
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: run test test-fast test-slow lint format setup setup-compile clean
+.PHONY: run test test-fast test-slow lint format setup setup-dev setup-compile clean
 
 run: setup
 	$(BIN)/python -m slmjax.quickstart --folder=runs/quickstart
@@ -13,32 +13,38 @@ run: setup
 test: lint
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-fast: setup
+test-fast: setup-dev
 	$(BIN)/python -m pytest -q -m "not slow and not medium"
 
 # Compiles the full-size programs for TPU and GPU: installs their compilers, needs no hardware.
 test-slow: setup-compile
 	$(BIN)/python -m pytest -q -m slow
 
-lint: setup
+lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 setup: $(VENV)/.installed
 
+setup-dev: $(VENV)/.installed-dev
+
 setup-compile: $(VENV)/.installed-compile
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install -q -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-compile: $(VENV)/.installed requirements-compile.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-compile: $(VENV)/.installed-dev requirements-compile.txt
 	$(BIN)/pip install -q -r requirements-compile.txt
 	touch $@
 

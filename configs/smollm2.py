@@ -16,7 +16,7 @@ from slmjax import families
 from slmjax.architecture import normal
 from slmjax.pretraining import one_stage, wsd
 
-# layers, width, heads, key/value heads, feed-forward, rotary base, tokens, peak rate, share of decay
+# layers, width, heads, key/value heads, feed-forward, rotary base, tokens, peak rate, decay's share
 _SIZES = {
   "135m": (30, 576, 9, 3, 1536, 100_000.0, 2e12, 3e-3, 0.2),
   "360m": (32, 960, 15, 5, 2560, 100_000.0, 4e12, 3e-3, 0.2),

@@ -1,8 +1,8 @@
 """Families of architectures, each from the few numbers in which its members differ.
 
 What a function returns is the `model` part of a config with every setting given; a recipe may
-change any of them afterwards. configs/ and `slmjax.convert` both build on these, so that an imported
-model and the recipe of the same name are one architecture.
+change any of them afterwards. configs/ and `slmjax.convert` both build on these, so that an
+imported model and the recipe of the same name are one architecture.
 """
 
 import math

@@ -85,7 +85,7 @@ def inputs(specs: Specs) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def context_of(ids_BS: jax.Array, kv_ids_BT: jax.Array, start: int) -> Context:
-  return Context(ids_BS, kv_ids_BT, jnp.asarray(start, jnp.int32), None, None, None)
+  return Context(ids_BS, kv_ids_BT, jnp.asarray(start, jnp.int32), None, None)
 
 
 def forward(layers: Any, x_BSD: jax.Array, ids_BS: jax.Array) -> dict[str, jax.Array]:
