@@ -120,10 +120,10 @@ class LatentAttentionLayer(nnx.Module):
       cache = append(cache, Latents(latent_BSC, k_rope_BS1P[:, :, 0]), context.start)
       latent_BTC, k_rope_BTP = cache.latent_BTC, cache.k_rope_BTP
       q_latent_BSNC = jnp.einsum("bsnh,cnh->bsnc", q_content_BSNH, k_up_CNH)
+      k_BTC = jnp.concatenate([latent_BTC, k_rope_BTP], axis=-1)
       found_BSNC = shard_attention(attend, specs, 1)(
         jnp.concatenate([q_latent_BSNC, q_rope_BSNP], axis=-1),
-        jnp.concatenate([latent_BTC, k_rope_BTP], axis=-1)[:, :, None],
-        latent_BTC[:, :, None],
+        *(jax.reshard(x[:, :, None], specs.act_BTKH(1)) for x in (k_BTC, latent_BTC)),
         *where,
       )
       out_BSNU = jnp.einsum("bsnc,cnu->bsnu", found_BSNC, v_up_CNU)
