@@ -241,6 +241,23 @@ def truncate(folder: Path) -> None:
   file.write_bytes(file.read_bytes()[:-8])
 
 
+def spoil_header(folder: Path) -> None:
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes().replace(b'"dtype":"F32"', b'"dtypo":"F32"', 1))
+
+
+def overlap(folder: Path) -> None:
+  """Two tensors of one size at one place."""
+  file = folder / "model.safetensors"
+  data = file.read_bytes()
+  length = int.from_bytes(data[:8], "little")
+  header = json.loads(data[8 : 8 + length])
+  first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+  header[second]["data_offsets"] = header[first]["data_offsets"]
+  text = json.dumps(header).encode()
+  file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
 def only_pickle(folder: Path) -> None:
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -263,6 +280,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     r"lm_head.weight differs from model.embed_tokens.weight",
   ),
   "truncated": (truncate, r"model.safetensors has \d+ bytes and its header says \d+, within model"),
+  "cut header": (
+    lambda f: (f / "model.safetensors").write_bytes(b"\x99" * 8) and None,
+    r"model.safetensors is not a whole safetensors file: it ends within its header",
+  ),
+  "broken header": (spoil_header, r"is not a whole safetensors file \('dtype'\)"),
+  "overlap": (overlap, r"its tensors overlap or leave gaps"),
   "pickle": (only_pickle, r"pytorch_model.bin is a pickle.*save_pretrained"),
   "no tensors": (lambda f: (f / "model.safetensors").unlink(), r"holds neither"),
   "no config": (lambda f: (f / "config.json").unlink(), r"config.json is missing"),
@@ -309,6 +332,19 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
   "latent biases": (
     fields(**DEEPSEEK, first_k_dense_replace=2, attention_bias=True),
     r"attention_bias is True",
+  ),
+  "two bases": (
+    fields(
+      model_type="gpt_neox", num_key_value_heads=None, rms_norm_eps=None, rotary_emb_base=10000
+    ),
+    r"rope_theta is 500.0; rotary_emb_base is 10000; they must agree",
+  ),
+  "two lengths": (
+    fields(
+      original_max_position_embeddings=8,
+      rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=16),
+    ),
+    r"original_max_position_embeddings is 8; the scaling's own is 16",
   ),
   "layer types": (
     fields(model_type="qwen2", layer_types=["sliding_attention"] * 2),

@@ -97,12 +97,12 @@ def cycle(windows: Sequence[int]) -> tuple[int, ...]:
   return ()
 
 
-def layer_windows(fields: Fields, window: int | None, default: Sequence[str]) -> tuple[int, ...]:
+def layer_windows(fields: Fields, window: int | None, default: list[str]) -> tuple[int, ...]:
   """What each layer sees, from `layer_types` or its default."""
   types = fields["layer_types"] or default
   layers = fields.integer("num_hidden_layers")
-  if len(types) != layers:
-    fields.refuse("layer_types", types, f"it needs {layers} entries")
+  if not isinstance(types, list) or len(types) != layers:
+    fields.refuse("layer_types", types, f"it must be a list of {layers} entries")
   windows = []
   for kind in types:
     if kind not in ("full_attention", "sliding_attention"):

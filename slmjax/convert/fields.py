@@ -138,6 +138,9 @@ class Fields:
     """`other` where the field is null or absent."""
     return other if self._values[name] is None else self.integer(name)
 
+  def integer_or_none(self, name: str) -> int | None:
+    return None if self._values[name] is None else self.integer(name)
+
   def number(self, name: str) -> float:
     value = self._values[name]
     if not isinstance(value, int | float) or isinstance(value, bool):

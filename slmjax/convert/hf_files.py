@@ -28,9 +28,10 @@ DTYPES = {
 }
 _LETTERS = {dtype: letters for letters, dtype in DTYPES.items()}
 
-# Of what else may stand in a file, sizes in bytes: only to check that the file is whole.
-_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8}
-_OTHER_SIZES |= {"I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+# Bytes of these and of what else may stand in a file: to check that the file is whole.
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_SIZES |= {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8}
+_SIZES |= {"I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,36 +113,39 @@ def _read_header(path: Path) -> dict[str, Stored]:
       raise UserError(f"{broken}: it ends within its header; fetch it again")
     try:
       header = json.loads(file.read(length))
-    except ValueError as error:
+      tensors = {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+      }
+      ends = {name: header[name]["data_offsets"][1] for name in tensors}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"{broken} ({error}); fetch it again") from None
-  tensors, ends = {}, [0]
-  for name, entry in header.items():
-    if name == "__metadata__":
-      continue
-    start, end = entry["data_offsets"]
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    tensors[name] = Stored(path, dtype, shape, 8 + length + start)
-    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES.get(dtype)
+  for name, tensor in tensors.items():
+    itemsize = _SIZES.get(tensor.dtype)
     if itemsize is None:
-      raise UserError(f"{path}: {name} has dtype {dtype}; convert it to F32, F16 or BF16 first")
-    if end - start != math.prod(shape) * itemsize:
+      raise UserError(f"{path}: {name} has dtype {tensor.dtype}, which cannot be converted")
+    needed = math.prod(tensor.shape) * itemsize
+    if ends[name] - tensor.start != needed:
       raise UserError(
-        f"{path}: {name} takes {end - start} bytes, but {dtype} {list(shape)} needs "
-        f"{math.prod(shape) * itemsize}; fetch it again"
+        f"{path}: {name} takes {ends[name] - tensor.start} bytes, but {tensor.dtype} "
+        f"{list(tensor.shape)} needs {needed}; fetch it again"
       )
-    ends.append(end)
-  if size != 8 + length + max(ends):
-    cut = [name for name, tensor in tensors.items() if _end(tensor) > size]
+  total = 0
+  for start, end in sorted((tensor.start, ends[name]) for name, tensor in tensors.items()):
+    if start != total:
+      raise UserError(f"{broken}: its tensors overlap or leave gaps; fetch it again")
+    total = end
+  data = 8 + length
+  if size != data + total:
+    cut = [name for name in tensors if data + ends[name] > size]
     at = f", within {cut[0]}" if cut else ""
     raise UserError(
-      f"{path} has {size} bytes and its header says {8 + length + max(ends)}{at}; fetch it again"
+      f"{path} has {size} bytes and its header says {data + total}{at}; fetch it again"
     )
-  return tensors
-
-
-def _end(tensor: Stored) -> int:
-  itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
-  return tensor.start + math.prod(tensor.shape) * itemsize
+  return {
+    name: dataclasses.replace(tensor, start=data + tensor.start) for name, tensor in tensors.items()
+  }
 
 
 def equal(one: Stored, other: Stored) -> bool:

@@ -142,7 +142,7 @@ def check_tensors(
     if stored.dtype not in DTYPES or stored.dtype != dtype:
       raise UserError(
         f"{stored.file}: {name} is {stored.dtype} and {names.embedding} {dtype}; all weights must "
-        f"have one dtype of {', '.join(DTYPES)}"
+        f"have one dtype of {', '.join(DTYPES)}; save the model in one"
       )
   if tied and names.head in found and not equal(found[names.head], found[names.embedding]):
     raise UserError(

@@ -114,7 +114,7 @@ def _read_gemma2(fields: Fields) -> Reading:
   kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
   settings = families.gemma2(
     **_sizes(fields),
-    windows=layer_windows(fields, fields["sliding_window"], kinds),
+    windows=layer_windows(fields, fields.integer_or_none("sliding_window"), kinds),
     query_scalar=fields.number("query_pre_attn_scalar"),
     attention_softcap=fields.number_or_none("attn_logit_softcapping"),
     logit_softcap=fields.number_or_none("final_logit_softcapping"),

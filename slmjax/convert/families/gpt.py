@@ -135,7 +135,10 @@ def _read_gpt_neo(fields: Fields) -> Reading:
   [kinds, how often]; its unrolled form, attention_layers, follows from it."""
   width, layers = fields.integer("hidden_size"), fields.integer("num_layers")
   types = fields["attention_types"]
-  kinds = [kind for kinds, times in types for kind in list(kinds) * times]
+  try:
+    kinds = [kind for kinds, times in types for kind in list(kinds) * times]
+  except (TypeError, ValueError):
+    kinds = []
   if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
     fields.refuse("attention_types", types, f"it must give {layers} layers, global or local")
   window = fields.integer("window_size")

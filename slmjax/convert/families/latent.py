@@ -43,13 +43,12 @@ def _read(fields: Fields, *, value_width: int, **more: Any) -> Reading:
   rope = Rope(fields, latent=True)
   if rope.fraction != 1.0:
     fields.refuse("partial_rotary_factor", rope.fraction, "this model_type turns whole widths")
-  query_latent = fields["q_lora_rank"]
   settings = families.latent(
     vocab_size=fields.integer("vocab_size"),
     width=fields.integer("hidden_size"),
     layers=fields.integer("num_hidden_layers"),
     heads=heads,
-    query_latent=None if query_latent is None else fields.integer("q_lora_rank"),
+    query_latent=fields.integer_or_none("q_lora_rank"),
     latent_width=fields.integer("kv_lora_rank"),
     content_width=fields.integer("qk_nope_head_dim"),
     rope_width=fields.integer("qk_rope_head_dim"),
@@ -163,7 +162,7 @@ _OF_EXPERTS = (
 
 def _read_deepseek(fields: Fields) -> Reading:
   layers, dense = fields.integer("num_hidden_layers"), fields["first_k_dense_replace"]
-  if dense < layers:
+  if not isinstance(dense, int) or dense < layers:
     fields.refuse(
       "first_k_dense_replace",
       dense,

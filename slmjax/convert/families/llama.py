@@ -202,8 +202,9 @@ _QWEN_DEFAULTS = _without(
 
 def _qwen_windows(fields: Fields) -> tuple[int, ...]:
   layers = fields.integer("num_hidden_layers")
-  window = fields["sliding_window"] if fields.flag("use_sliding_window") else None
-  full = layers if window is None else fields["max_window_layers"]
+  used = fields.flag("use_sliding_window")
+  window = fields.integer_or_none("sliding_window") if used else None
+  full = layers if window is None else fields.number("max_window_layers")
   kinds = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
   return layer_windows(fields, window, kinds)
 

@@ -17,7 +17,8 @@ def _ends(fields: Fields, name: str) -> tuple[float, float]:
   """First and last of a list of multipliers, which must be what lies evenly between, to two
   decimals, where it gives one for each layer."""
   value, layers = fields[name], fields.integer("num_transformer_layers")
-  if not isinstance(value, list) or len(value) not in (2, layers):
+  fits = isinstance(value, list) and len(value) in (2, layers)
+  if not fits or not all(isinstance(v, int | float) for v in value):
     fields.refuse(name, value, f"it must be a list of 2 or {layers} numbers")
   low, high = float(value[0]), float(value[-1])
   if len(value) == layers:
