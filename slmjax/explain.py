@@ -13,6 +13,7 @@ from slmjax.data.plan import Plan, demand
 from slmjax.data.store import TokenStore
 from slmjax.errors import UserError
 from slmjax.optimizer import stage_learning_rate
+from slmjax.parameters import parameters
 from slmjax.resolve import resolve_mesh
 
 # A v5e:16x16 slice and a node of eight H100: what the memory estimates are made for, if the
@@ -38,7 +39,7 @@ def explain(config: Config) -> dict[str, Any]:
   )
   return {
     "name": config.name,
-    "parameters": flops.parameters(config.model),
+    "parameters": parameters(config.model),
     "tokens": total,
     "steps": config.steps,
     "train_flops": training,

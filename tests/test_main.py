@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 
 import pytest
@@ -89,3 +90,18 @@ def test_explain_as_json(monkeypatch, capsys):
   for stage in facts["stages"]:
     assert 0 <= stage["budget"] - stage["tokens"] < stage["batch_tokens"]
     assert sum(stage["tokens_by_source"].values()) == stage["tokens"]
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+  code = (
+    "from slmjax.errors import run_command\nrun_command(lambda: print('x' * 10**6, flush=True))"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
