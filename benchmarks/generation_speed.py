@@ -1,12 +1,12 @@
 """Cached greedy generation beside transformers: the same Llama of 135M parameters (SmolLM2-135M's
 dimensions, random weights), float32, CPU, in turn, each in a process of its own.
 
-  pip install -r requirements-bench.txt
-  python -m benchmarks.generation_speed [--rounds=3] [--batch=1 --batch=4] [--prompt=128 --prompt=512]
+  pip install -r requirements-dev.txt
+  python -m benchmarks.generation_speed [--rounds=3] [--batch=1] [--prompt=128] [--tokens=64]
 
-Prefill is the time to the first new token, decoding that of all the others. Best of all rounds: what
-else runs on the machine can only make it slower. `equal` is the share of new tokens that both chose
-alike.
+Prefill is the time to the first new token, decoding that of all the others. Best of all rounds:
+what else runs on the machine can only make it slower. `equal` is the share of new tokens that both
+chose alike; `first call` has the compilation in it.
 """
 
 import argparse
@@ -56,7 +56,10 @@ def main() -> None:
     (batch,), (prompt,) = args.batch, args.prompt
     print(json.dumps(_measured(continues, batch, prompt, args.tokens, args.repeats)))
     return
-  print(f"{'batch':>5} {'prompt':>6} {'what':12} {'prefill tokens/s':>17} {'decode tokens/s':>16}")
+  print(
+    f"{'batch':>5} {'prompt':>6} {'what':12} {'prefill tokens/s':>17} {'decode tokens/s':>16} "
+    f"{'first call s':>12}"
+  )
   with tempfile.TemporaryDirectory() as folder:
     _make_weights(Path(folder))
     for batch in args.batch or (1, 4):
@@ -72,10 +75,12 @@ def _row(batch: int, prompt: int, tokens: int, rounds: int, flags: list[str]) ->
     for name, measured in results.items():
       measured.append(_child(name, flags))
   for name, measured in results.items():
-    prefill, decode = (min(r[part] for r in measured) for part in ("prefill", "decode"))
+    prefill, decode, first = (
+      min(r[part] for r in measured) for part in ("prefill", "decode", "first")
+    )
     print(
       f"{batch:>5} {prompt:>6} {name:12} {batch * prompt / prefill:>17,.0f} "
-      f"{batch * (tokens - 1) / decode:>16,.1f}",
+      f"{batch * (tokens - 1) / decode:>16,.1f} {first:>12.1f}",
       flush=True,
     )
   drawn = [np.asarray(measured[0]["tokens"]) for measured in results.values()]
@@ -98,15 +103,17 @@ def _measured(
 ) -> dict[str, Any]:
   """The least seconds for the first new token, and for those after it."""
   ids = np.random.default_rng(0).integers(0, DIMENSIONS["vocab_size"], (batch, prompt))
-  seconds = {}
+  seconds, first = {}, 0.0
   for count in (1, tokens):
-    drawn = continues(ids, count)  # warm: compiled, weights in place
-    seconds[count] = math.inf
+    begin = time.perf_counter()
+    drawn = continues(ids, count)
+    first, seconds[count] = time.perf_counter() - begin, math.inf
     for _ in range(repeats):
       begin = time.perf_counter()
       drawn = continues(ids, count)
       seconds[count] = min(seconds[count], time.perf_counter() - begin)
-  return {"prefill": seconds[1], "decode": seconds[tokens] - seconds[1], "tokens": drawn}
+  decode = seconds[tokens] - seconds[1]
+  return {"prefill": seconds[1], "decode": decode, "first": first, "tokens": drawn}
 
 
 def _make_weights(folder: Path) -> None:
