@@ -128,7 +128,8 @@ def test_source_that_does_not_parse_raises():
 def test_roots_are_the_requirements():
   lines = (Path(__file__).parent.parent / "requirements.txt").read_text().splitlines()
   names = {re.split(r"[<=>;\s]", line)[0] for line in lines if line and line[0] != "#"}
-  assert set(local_text.ROOTS) == names
+  # What these two bring (a client of a model hub) would change the corpus and add little to it.
+  assert set(local_text.ROOTS) == names - {"safetensors", "tokenizers"}
 
 
 @pytest.fixture
