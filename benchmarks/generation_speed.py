@@ -75,12 +75,10 @@ def _row(batch: int, prompt: int, tokens: int, rounds: int, flags: list[str]) ->
     for name, measured in results.items():
       measured.append(_child(name, flags))
   for name, measured in results.items():
-    prefill, decode, first = (
-      min(r[part] for r in measured) for part in ("prefill", "decode", "first")
-    )
+    prefill, total, first = (min(r[part] for r in measured) for part in ("prefill", "all", "first"))
     print(
       f"{batch:>5} {prompt:>6} {name:12} {batch * prompt / prefill:>17,.0f} "
-      f"{batch * (tokens - 1) / decode:>16,.1f} {first:>12.1f}",
+      f"{batch * (tokens - 1) / (total - prefill):>16,.1f} {first:>12.1f}",
       flush=True,
     )
   drawn = [np.asarray(measured[0]["tokens"]) for measured in results.values()]
@@ -101,7 +99,7 @@ Continues = Callable[[np.ndarray, int], list[list[int]]]
 def _measured(
   continues: Continues, batch: int, prompt: int, tokens: int, repeats: int
 ) -> dict[str, Any]:
-  """The least seconds for the first new token, and for those after it."""
+  """The least seconds for the first new token and for all; and of the first call for all."""
   ids = np.random.default_rng(0).integers(0, DIMENSIONS["vocab_size"], (batch, prompt))
   seconds, first = {}, 0.0
   for count in (1, tokens):
@@ -112,8 +110,7 @@ def _measured(
       begin = time.perf_counter()
       drawn = continues(ids, count)
       seconds[count] = min(seconds[count], time.perf_counter() - begin)
-  decode = seconds[tokens] - seconds[1]
-  return {"prefill": seconds[1], "decode": decode, "first": first, "tokens": drawn}
+  return {"prefill": seconds[1], "all": seconds[tokens], "first": first, "tokens": drawn}
 
 
 def _make_weights(folder: Path) -> None:
