@@ -468,6 +468,8 @@ def test_a_model_that_no_class_has_is_refused() -> None:
   ("files", "add_bos"),
   [
     ({"tokenizer.json": {"post_processor": None}}, False),
+    ({"tokenizer.model": {}}, True),
+    ({"tokenizer.model": {}, "tokenizer_config.json": {"add_bos_token": False}}, False),
     (
       {"tokenizer.json": {}, "tokenizer_config.json": {"add_bos_token": True}},
       True,

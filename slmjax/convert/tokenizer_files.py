@@ -47,7 +47,8 @@ def _adds_bos(folder: Path) -> bool:
       return said
   if (folder / "tokenizer.json").is_file():
     return _begins_special(read_json(folder / "tokenizer.json").get("post_processor"))
-  return False
+  # A SentencePiece model alone: the classes for such files (Llama, Gemma) add it unless told not to.
+  return True
 
 
 def _begins_special(processor: Any) -> bool:

@@ -20,7 +20,6 @@ from slmjax.model.norm import AllHeadsNorm, HeadNorm
 from slmjax.model_config import AlibiPositions, HeadsAttention, ModelConfig, RotaryPositions
 from slmjax.sharding import Specs, gather, shard_attention
 
-
 Kept = TypeVar("Kept")  # arrays [B, T, ...] that attention keeps
 
 
