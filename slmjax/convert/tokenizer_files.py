@@ -47,7 +47,7 @@ def _adds_bos(folder: Path) -> bool:
       return said
   if (folder / "tokenizer.json").is_file():
     return _begins_special(read_json(folder / "tokenizer.json").get("post_processor"))
-  # A SentencePiece model alone: the classes for such files (Llama, Gemma) add it unless told not to.
+  # A SentencePiece model alone: the classes for such files (Llama, Gemma) add it by themselves.
   return True
 
 
