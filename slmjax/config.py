@@ -29,7 +29,7 @@ class ComputeConfig:
   param_dtype: Literal["float32", "bfloat16"]
   compute_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "dots", "block"]
-  attention: Literal["auto", "reference", "chunked"]
+  attention: Literal["auto", "reference", "chunked", "pallas_tpu"]
   cross_entropy: Literal["auto", "reference", "chunked"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from slmjax import sharding
-from slmjax.kernels.attention import api, chunked
+from slmjax.kernels.attention import api, chunked, pallas_tpu
 from tests import reference_attention
 from tests.attention_cases import (
   CASES,
@@ -29,9 +29,27 @@ from tests.attention_cases import (
 )
 
 
+@pytest.fixture
+def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+  """As if the devices were TPUs: kernels run in interpret mode, with blocks of one register."""
+
+  def interpreted(*arrays: Any, blocks: pallas_tpu.Blocks, **options: Any) -> Any:
+    blocks = pallas_tpu.Blocks(128, 128)
+    return attend_on_tpu(*arrays, blocks=blocks, interpret=True, **options)
+
+  attend_on_tpu = pallas_tpu.attention
+  monkeypatch.setattr(pallas_tpu, "attention", interpreted)
+  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+
+
 @pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
 class TestConformance:
   """What an implementation must do to be listed in the api."""
+
+  @pytest.fixture(autouse=True)
+  def platform(self, implementation: str, request: pytest.FixtureRequest) -> None:
+    if implementation == "pallas_tpu":
+      request.getfixturevalue("on_tpu")
 
   def attend(self, implementation: str, scale: float, **static: Any) -> Any:
     return functools.partial(api.attention, scale=scale, implementation=implementation, **static)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from slmjax.kernels.attention import chunked, reference
+from slmjax.errors import UserError
+from slmjax.kernels.attention import chunked, pallas_tpu, reference
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 
 # On CPU a block of scores of all heads should stay in the second-level cache; elsewhere a block
 # should be a few microseconds of matrix multiplication, to outweigh the loop around it.
@@ -57,7 +58,8 @@ def attention(
     softcap: with a value c scores become c tanh(scores / c) (Gemma-2, arXiv:2408.00118).
     slopes_N: float32, ALiBi (arXiv:2108.12409): adds slope (j - i) to the scores of query i and
       key j. Constants: their gradient is zero. Not together with softcap.
-    implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose.
+    implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
+      TPUs.
 
   Returns:
     The weighted sums of values, [B, S, N, U], in the queries' dtype. Scores, softmax and sums are
@@ -66,11 +68,13 @@ def attention(
   Raises:
     ValueError: an implementation that does not exist, shapes and dtypes that do not fit, or
       values of window and softcap that mean nothing.
+    UserError: an implementation that cannot run these shapes and dtypes, or not on this platform.
   """
   _check(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
   _check_scores(q_BSNH.shape[2], window, softcap, slopes_N)
   if implementation == "auto":
-    implementation = _choose(q_BSNH.shape, k_BTKH.shape)
+    refusal = pallas_tpu.refusal(q_BSNH, k_BTKH, v_BTKU) if _platform() == "tpu" else None
+    implementation = _choose(_platform(), q_BSNH.shape, k_BTKH.shape, refusal)
   arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
   if isinstance(window, int) and (window == 0 or window >= k_BTKH.shape[1]):
     window = None  # it hides nothing
@@ -88,6 +92,15 @@ def attention(
     return chunked.attention(
       *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N, blocks=blocks
     )
+  if implementation == "pallas_tpu":
+    if _platform() != "tpu":
+      raise UserError(
+        f"attention implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
+      )
+    blocks = pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
+    return pallas_tpu.attention(
+      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N, blocks=blocks
+    )
   raise ValueError(
     f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
     f"{', '.join(IMPLEMENTATIONS)}"
@@ -95,11 +108,18 @@ def attention(
 
 
 @functools.cache  # So that each choice is logged once, not once per layer and trace.
-def _choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
+def _choose(
+  platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], refusal: str | None
+) -> str:
+  """`refusal` is why the kernels for TPU cannot run, where the platform is one."""
   if q_shape[1] < _SHORT:
     name, why = "reference", f"fewer than {_SHORT} queries per row"
+  elif platform == "tpu" and refusal is None:
+    name, why = "pallas_tpu", "TPU kernels; blocks that no query sees are not fetched"
   else:
     name, why = "chunked", "memory linear in the length; blocks that no query sees are skipped"
+    if refusal is not None:
+      why = f"{why}; not pallas_tpu: {refusal}"
   logging.info("attention: %s for q %s, k %s (%s)", name, q_shape, k_shape, why)
   return name
 

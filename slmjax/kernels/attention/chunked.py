@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.kernels import capping, manual
+from slmjax.kernels.attention import visible
 
 # Scores of invisible pairs. Finite, so that a row of which nothing is visible yet has differences
 # of scores that are numbers; far below any real score, so that its exponential is exactly zero.
@@ -282,25 +283,11 @@ def _ranges(
   q_segments_IQ: jax.Array, kv_segments_JP: jax.Array, shared: _Shared
 ) -> tuple[jax.Array, jax.Array]:
   """Per block of queries the blocks of keys [first, last) that may hold a visible key."""
-  (I, Q), (J, P) = q_segments_IQ.shape, kv_segments_JP.shape
-  last_position_I = shared.q_start + (jnp.arange(I) + 1) * Q - 1
-  reach_IJ = jnp.arange(J) * P <= last_position_I[:, None]
-  if shared.window is not None:
-    first_key_I = last_position_I - Q + 2 - shared.window
-    reach_IJ &= (jnp.arange(J) + 1) * P > first_key_I[:, None]
-  q_low_I, q_high_I = _extremes(q_segments_IQ)
-  kv_low_J, kv_high_J = _extremes(kv_segments_JP)
-  overlap_IJ = (q_low_I[:, None] <= kv_high_J) & (kv_low_J <= q_high_I[:, None])
-  visible_IJ = reach_IJ & overlap_IJ
+  visible_IJ = visible.visible_blocks(q_segments_IQ, kv_segments_JP, shared.q_start, shared.window)
+  J = visible_IJ.shape[1]
   first_I = jnp.argmax(visible_IJ, axis=1)
   last_I = J - jnp.argmax(visible_IJ[:, ::-1], axis=1)
   return first_I, jnp.where(visible_IJ.any(axis=1), last_I, first_I)
-
-
-def _extremes(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Smallest and largest nonzero id along the last axis; nothing overlaps a block of zeros."""
-  nonzero = jnp.where(segments > 0, segments, jnp.iinfo(segments.dtype).max)
-  return nonzero.min(axis=-1), segments.max(axis=-1)
 
 
 def _join(x_BIQKGU: jax.Array, q_BSNH: jax.Array) -> jax.Array:

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from slmjax.errors import UserError
 from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_tpu_kernels, visible
+from slmjax.kernels.attention.pallas_tpu_kernels import Blocks, Static
 
 # The lanes of a vector register: positions run along them.
 _LANES = 128
@@ -33,9 +35,8 @@ _LANES = 128
 # and more.
 _VMEM = 48 * 2**20
 
-
-Blocks = pallas_tpu_kernels.Blocks
-Static = pallas_tpu_kernels.Static
+# The list of pairs takes 20 bytes for each that there may be, of 1 MiB of scalar memory.
+_MOST_PAIRS = 40_000
 
 
 def blocks_for(width: int) -> Blocks:
@@ -91,10 +92,10 @@ def attention(
     interpret: runs the kernels as XLA programs on any platform, for tests.
 
   Raises:
-    ValueError: a dtype other than bfloat16 and float32.
+    UserError: what `refusal` says.
   """
-  if (why := refuses(q_BSNH)) is not None:
-    raise ValueError(f"attention implementation 'pallas_tpu': {why}")
+  if (why := refusal(q_BSNH, k_BTKH, v_BTKU)) is not None:
+    raise UserError(f"attention implementation 'pallas_tpu': {why}; use 'chunked'")
   S, T = q_BSNH.shape[1], k_BTKH.shape[1]
   even = Blocks(_even_block(S, blocks.queries), _even_block(T, blocks.keys))
   static = Static(scale, softcap, window is not None, slopes_N is not None, even, interpret)
@@ -104,10 +105,15 @@ def attention(
   return _attention(static, *jax.tree.map(lambda x: manual.vary_over(x, axes), arrays))
 
 
-def refuses(q_BSNH: jax.Array) -> str | None:
-  """Why the kernels cannot run on such queries, or None."""
+def refusal(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array) -> str | None:
+  """What the kernels cannot do with such arrays, or None."""
   if q_BSNH.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"dtype {q_BSNH.dtype.name} is not built, use bfloat16 or float32"
+    return f"{q_BSNH.dtype.name} is not built, only bfloat16 and float32"
+  B, S, T = *q_BSNH.shape[:2], k_BTKH.shape[1]
+  largest = blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
+  pairs = B * -(-S // largest.queries) * -(-T // largest.keys)
+  if pairs > _MOST_PAIRS:
+    return f"{B} rows of {S} by {T} positions are {pairs} pairs of blocks, over {_MOST_PAIRS}"
   return None
 
 
