@@ -40,9 +40,16 @@ def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
   attend_on_tpu = pallas_tpu.attention
   monkeypatch.setattr(pallas_tpu, "attention", interpreted)
   monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  # The interpreter's own loop mixes what varies over devices with what does not. With these types
+  # the kernels are compiled for real slices, in test_pallas_tpu.py.
+  monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
 
 
-@pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  "implementation",
+  # In interpret mode every call is compiled as three loops over copies of all blocks.
+  ["reference", "chunked", pytest.param("pallas_tpu", marks=pytest.mark.medium)],
+)
 class TestConformance:
   """What an implementation must do to be listed in the api."""
 
@@ -277,8 +284,8 @@ def test_memory_of_chunked_is_linear_in_the_length() -> None:
 
 def test_a_name_that_is_not_built_raises_with_the_list() -> None:
   q, k, v, qs, ks, _ = draw(Case(S=4))
-  with pytest.raises(ValueError, match=r"'pallas_tpu' does not exist: .* reference, chunked"):
-    api.attention(q, k, v, qs, ks, 0, scale=1.0, implementation="pallas_tpu")
+  with pytest.raises(ValueError, match=r"'pallas_gpu' does not exist: .* reference, chunked"):
+    api.attention(q, k, v, qs, ks, 0, scale=1.0, implementation="pallas_gpu")
 
 
 def test_what_is_off_leaves_no_trace() -> None:

@@ -1,0 +1,169 @@
+"""The TPU attention kernels: where they go, when they are chosen, and that they compile for TPU.
+
+That they equal the equations is in test_attention.py; the tests that compile for real slices (slow)
+skip without the compilers of requirements-compile.txt.
+"""
+
+import functools
+import itertools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from slmjax import sharding, topology
+from slmjax.errors import UserError
+from slmjax.kernels.attention import api, pallas_tpu, visible
+from tests import reference_attention
+from tests.attention_cases import (
+  TOLERANCE,
+  Case,
+  assert_close,
+  draw,
+  expect_case,
+  run,
+  segments,
+)
+from tests.test_attention import on_tpu
+
+__all__ = ["on_tpu"]
+
+
+def walk(steps: visible.Steps) -> list[tuple[int, ...]]:
+  """The steps as own row, own block, other row, other block and kind."""
+  rows = np.stack([np.asarray(x) for x in steps[:-1]], axis=1)[: int(steps.count)]
+  return [tuple(int(x) for x in row) for row in rows]
+
+
+@pytest.mark.parametrize("own", ["queries", "keys"])
+@pytest.mark.parametrize(("documents", "window"), [(0, None), (40, None), (5, 30), (90, 17)])
+def test_the_walk_visits_each_visible_pair_once_and_no_other(
+  documents: int, window: int | None, own: str
+) -> None:
+  B, Q, W, length = 3, 16, 32, 192
+  ids = segments(np.random.default_rng(documents), B, length, documents, padding=70)
+  ids[1] = 0
+  see = reference_attention.visible(ids, ids, 0, window)
+  want = see.reshape(B, length // Q, Q, length // W, W).any(axis=(2, 4))
+  width = None if window is None else jnp.int32(window)
+  blocks = jax.vmap(lambda q, k: visible.visible_blocks(q, k, jnp.int32(0), width))(
+    ids.reshape(B, -1, Q), ids.reshape(B, -1, W)
+  )
+  if own == "keys":
+    want, blocks = np.swapaxes(want, 1, 2), jnp.swapaxes(blocks, 1, 2)
+  steps = walk(jax.jit(visible.steps)(blocks))
+
+  visited = [step[:4] for step in steps if step[4] & visible.SEES]
+  assert visited == [(b, x, b, y) for b, x, y in np.argwhere(want)]
+  empty = [step for step in steps if not step[4] & visible.SEES]
+  assert [step[:2] for step in empty] == [tuple(x) for x in np.argwhere(~want.any(axis=2))]
+  # An empty block fetches nothing: it names what the step before it has fetched.
+  for before, step in itertools.pairwise(steps):
+    if not step[4] & visible.SEES:
+      assert step[2:4] == before[2:4]
+  owners = [step[:2] for step in steps]
+  assert len(set(owners)) == want.shape[0] * want.shape[1]
+  for i, step in enumerate(steps):
+    assert bool(step[4] & visible.FIRST) == (i == 0 or owners[i - 1] != owners[i])
+    assert bool(step[4] & visible.LAST) == (i == len(steps) - 1 or owners[i + 1] != owners[i])
+
+
+@pytest.mark.usefixtures("on_tpu")
+@pytest.mark.parametrize(
+  "case",
+  [
+    Case(S=280, B=2, N=4, K=2, H=24, U=40, documents=60, padding=150, window=50, alibi=True),
+    Case(S=150, B=1, N=2, K=1, softcap=2.0, dtype="bfloat16"),
+  ],
+  ids=str,
+)
+def test_equals_the_equations(case: Case) -> None:
+  arrays = draw(case)
+  attend = functools.partial(api.attention, scale=0.15, implementation="pallas_tpu", **case.static)
+  got = run(attend, *arrays, case.q_start, **case.traced_arrays)
+  assert_close(got, expect_case(case, arrays, 0.15), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize(
+  ("length", "largest", "block"),
+  [(1, 512, 128), (128, 512, 128), (200, 512, 256), (512, 512, 512), (640, 512, 384)],
+)
+def test_uneven_lengths_get_even_blocks(length: int, largest: int, block: int) -> None:
+  assert pallas_tpu._even_block(length, largest) == block
+
+
+def shapes(B: int, S: int, dtype: str = "bfloat16") -> tuple[jax.ShapeDtypeStruct, ...]:
+  q, kv = (jax.ShapeDtypeStruct((B, S, heads, 128), dtype) for heads in (4, 2))
+  ids = jax.ShapeDtypeStruct((B, S), jnp.int32)
+  return q, kv, kv, ids, ids
+
+
+def traced(implementation: str, *arrays: jax.ShapeDtypeStruct) -> None:
+  attend = functools.partial(api.attention, scale=1.0, implementation=implementation)
+  jax.eval_shape(lambda *arrays: attend(*arrays, 0), *arrays)
+
+
+def test_by_name_it_runs_on_tpu_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+  with pytest.raises(UserError, match="'pallas_tpu' runs on TPU, not on cpu: use 'auto'"):
+    traced("pallas_tpu", *shapes(1, 128))
+  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  traced("pallas_tpu", *shapes(1, 128))
+  with pytest.raises(UserError, match="'pallas_tpu': float16 is not built"):
+    traced("pallas_tpu", *shapes(1, 128, "float16"))
+  with pytest.raises(UserError, match="41472 pairs of blocks, over 40000; use 'chunked'"):
+    traced("pallas_tpu", *shapes(2, 72 * 1024))
+
+
+def test_auto_chooses_it_on_tpu_and_says_why(
+  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  api._choose.cache_clear()
+  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  with caplog.at_level(logging.INFO, logger="absl"):
+    for arrays in (shapes(2, 64), shapes(2, 63), shapes(2, 64, "float16")):
+      traced("auto", *arrays)
+  lines = [r.getMessage() for r in caplog.records if r.name == "absl"]
+  assert [line.split()[1] for line in lines] == ["pallas_tpu", "reference", "chunked"]
+  assert "blocks that no query sees are not fetched" in lines[0]
+  assert "not pallas_tpu: float16 is not built" in lines[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("target", "S", "options"),
+  [
+    ("v5e:2x2", 2048, {}),
+    ("v5e:2x2", 8192, {}),
+    ("v5e:2x2", 2048, {"window": 1024, "softcap": 50.0}),
+    ("v5p:2x2x1", 2048, {}),
+  ],
+)
+def test_fox1_attention_compiles_for_tpu(target: str, S: int, options: dict[str, Any]) -> None:
+  """On four devices, two of which share each row's heads, chosen by "auto"."""
+  if missing := topology.missing_compiler(target):
+    pytest.skip(f"{target}: {missing}")
+  mesh = sharding.make_mesh((1, 2, 1, 2), topology.devices(target))
+
+  def forward_backward(q: Any, k: Any, v: Any, ids: Any, do: Any, start: Any) -> Any:
+    specs = sharding.Specs.of_mesh()
+    attend = functools.partial(api.attention, scale=128**-0.5, **options)
+    island = sharding.shard_attention(attend, specs, 8)
+    o, vjp = jax.vjp(lambda *qkv: island(*qkv, ids, ids, start), q, k, v)
+    return o, *vjp(do)
+
+  with jax.set_mesh(mesh):
+    specs = sharding.Specs.of_mesh()
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    q = array((4, S, 32, 128), jnp.bfloat16, specs.act_BSNH)
+    kv = array((4, S, 8, 128), jnp.bfloat16, specs.act_BTKH(8))
+    ids = array((4, S), jnp.int32, specs.tokens_BS)
+    lowered = jax.jit(forward_backward).lower(q, kv, kv, ids, q, array((), jnp.int32, P()))
+    assert lowered.as_text().count("@tpu_custom_call") == 3
+    assert lowered.compile().as_text().count('custom_call_target="tpu_custom_call"') == 3
