@@ -35,7 +35,7 @@ __all__ = ["on_tpu"]
 
 def walk(steps: visible.Steps) -> list[tuple[int, ...]]:
   """The steps as own row, own block, other row, other block and kind."""
-  rows = np.stack([np.asarray(x) for x in steps[:-1]], axis=1)[: int(steps.count)]
+  rows = np.stack([np.asarray(x) for x in steps[:-1]], axis=1)[: int(steps.total)]
   return [tuple(int(x) for x in row) for row in rows]
 
 

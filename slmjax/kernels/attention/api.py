@@ -97,9 +97,13 @@ def attention(
       raise UserError(
         f"attention implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
       )
-    blocks = pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
     return pallas_tpu.attention(
-      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N, blocks=blocks
+      *arrays,
+      scale=scale,
+      window=window,
+      softcap=softcap,
+      slopes_N=slopes_N,
+      blocks=pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3])),
     )
   raise ValueError(
     f"attention implementation {implementation!r} does not exist: use 'auto' or one of "

@@ -280,23 +280,25 @@ def _call(
   scalars = (*steps[:-1], inputs.limits, *slopes)
   # As if rows were one document each: the compiler wants to know before the segments are.
   pairs = B * N * S * T // 2
+  by_head = (pltpu.PARALLEL, pltpu.ARBITRARY)  # heads are independent, steps follow each other
+  touched: list[Any] = [*arrays.values(), *out.values()]
   cost = pl.CostEstimate(
     flops=2 * pairs * (products[0] * H + products[1] * U),
     transcendentals=pairs,
-    bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *out.values())),
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in touched),
   )
   return pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
-      grid=(N, steps.count) if by_queries else (K, steps.count, N // K),
+      grid=(N, steps.total) if by_queries else (K, steps.total, N // K),
       in_specs=[specs[name] for name in arrays],
       out_specs=[specs[name] for name in out],
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
     out_shape=list(out.values()),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary")[: 2 if by_queries else 3],
+      dimension_semantics=by_head if by_queries else (*by_head, pltpu.ARBITRARY),
       vmem_limit_bytes=_VMEM,
     ),
     cost_estimate=cost,

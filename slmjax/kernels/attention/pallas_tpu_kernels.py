@@ -51,9 +51,11 @@ class Scalars(NamedTuple):
 
 def read_scalars(static: Static, refs: Any) -> tuple[Scalars, Any]:
   """The first refs by name, and those that follow them."""
+  own_row_Z, own_Z, other_row_Z, other_Z, kind_Z, limits, *rest = refs
+  named = Scalars(own_row_Z, own_Z, other_row_Z, other_Z, kind_Z, limits, slopes_N=None)
   if static.sloped:
-    return Scalars(*refs[:7]), refs[7:]
-  return Scalars(*refs[:6], slopes_N=None), refs[6:]
+    named, rest = named._replace(slopes_N=rest[0]), rest[1:]
+  return named, tuple(rest)
 
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -162,8 +164,8 @@ def backward_queries(static: Static, *refs: Any) -> None:
 
 def backward_keys(static: Static, group: int, *refs: Any) -> None:
   step, refs = read_scalars(static, refs)
-  q_QH, k_PH, v_PU, q_segments_1Q, kv_segments_1P, do_QU, lse_1Q, delta_1Q, *refs = refs
-  dk_PH, dv_PU, dk_acc_PH, dv_acc_PU = refs
+  q_QH, k_PH, v_PU, q_segments_1Q, kv_segments_1P, do_QU, lse_1Q, delta_1Q, *results = refs
+  dk_PH, dv_PU, dk_acc_PH, dv_acc_PU = results
   z, member = pl.program_id(1), pl.program_id(2)
   head = pl.program_id(0) * group + member
   kind = step.kind_Z[z]

@@ -16,14 +16,14 @@ SEES = 4  # there is something to compute, not only an empty block to finish
 
 
 class Steps(NamedTuple):
-  """A walk over pairs of blocks, `count` steps long; what comes after them means nothing."""
+  """A walk over pairs of blocks, `total` steps long; what comes after them means nothing."""
 
   own_row_Z: jax.Array
   own_Z: jax.Array
   other_row_Z: jax.Array
   other_Z: jax.Array
   kind_Z: jax.Array
-  count: jax.Array
+  total: jax.Array
 
 
 def visible_blocks(
@@ -66,14 +66,14 @@ def steps(visible_BXY: jax.Array) -> Steps:
   walked = (visible_BXY | (empty_BX1 & (jnp.arange(Y) == 0))).reshape(-1)
   sees = visible_BXY.reshape(-1)
   order_Z = jnp.argsort(~walked, stable=True).astype(jnp.int32)
-  count = walked.sum(dtype=jnp.int32)
+  total = walked.sum(dtype=jnp.int32)
 
   index_Z = jnp.arange(order_Z.size, dtype=jnp.int32)
-  sees_Z = sees[order_Z] & (index_Z < count)
+  sees_Z = sees[order_Z] & (index_Z < total)
   owner_Z = order_Z // Y
   changes_Z = owner_Z[1:] != owner_Z[:-1]
   first_Z = jnp.concatenate([jnp.ones(1, bool), changes_Z])
-  last_Z = jnp.concatenate([changes_Z, jnp.ones(1, bool)]) | (index_Z == count - 1)
+  last_Z = jnp.concatenate([changes_Z, jnp.ones(1, bool)]) | (index_Z == total - 1)
   # Of each step the nearest one before it that sees something; 0 where there is none.
   source_Z = order_Z[jax.lax.cummax(jnp.where(sees_Z, index_Z, 0))]
   kind_Z = jnp.where(first_Z, FIRST, 0) | jnp.where(last_Z, LAST, 0) | jnp.where(sees_Z, SEES, 0)
@@ -83,5 +83,5 @@ def steps(visible_BXY: jax.Array) -> Steps:
     other_row_Z=source_Z // (X * Y),
     other_Z=source_Z % Y,
     kind_Z=kind_Z.astype(jnp.int32),
-    count=count,
+    total=total,
   )
