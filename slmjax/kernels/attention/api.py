@@ -59,7 +59,7 @@ def attention(
     slopes_N: float32, ALiBi (arXiv:2108.12409): adds slope (j - i) to the scores of query i and
       key j. Constants: their gradient is zero. Not together with softcap.
     implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
-      TPUs.
+      TPUs, and by name only: nobody has run it on one yet.
 
   Returns:
     The weighted sums of values, [B, S, N, U], in the queries' dtype. Scores, softmax and sums are
@@ -73,8 +73,7 @@ def attention(
   _check(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
   _check_scores(q_BSNH.shape[2], window, softcap, slopes_N)
   if implementation == "auto":
-    refusal = pallas_tpu.refusal(q_BSNH, k_BTKH, v_BTKU) if _platform() == "tpu" else None
-    implementation = _choose(_platform(), q_BSNH.shape, k_BTKH.shape, refusal)
+    implementation = _choose(q_BSNH.shape, k_BTKH.shape)
   arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
   if isinstance(window, int) and (window == 0 or window >= k_BTKH.shape[1]):
     window = None  # it hides nothing
@@ -112,18 +111,11 @@ def attention(
 
 
 @functools.cache  # So that each choice is logged once, not once per layer and trace.
-def _choose(
-  platform: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], refusal: str | None
-) -> str:
-  """`refusal` is why the kernels for TPU cannot run, where the platform is one."""
+def _choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
   if q_shape[1] < _SHORT:
     name, why = "reference", f"fewer than {_SHORT} queries per row"
-  elif platform == "tpu" and refusal is None:
-    name, why = "pallas_tpu", "TPU kernels; blocks that no query sees are not fetched"
   else:
     name, why = "chunked", "memory linear in the length; blocks that no query sees are skipped"
-    if refusal is not None:
-      why = f"{why}; not pallas_tpu: {refusal}"
   logging.info("attention: %s for q %s, k %s (%s)", name, q_shape, k_shape, why)
   return name
 
