@@ -95,6 +95,27 @@ def steps_in(run: Path) -> list[int]:
   return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit())
 
 
+def chosen_step(run: Path, step: int | None) -> int:
+  """A step that has a checkpoint: the one asked for, or the newest.
+
+  Raises:
+    CheckpointError: there is none, or not of that step.
+  """
+  steps = steps_in(run)
+  if not steps:
+    raise CheckpointError(
+      f"{run} holds no checkpoint; name the run's folder (--workdir of the training) or that of "
+      "an imported model"
+    )
+  if step is None:
+    return steps[-1]
+  if step not in steps:
+    raise CheckpointError(
+      f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+    )
+  return step
+
+
 def read_meta(run: Path, step: int) -> dict[str, Any]:
   """The `meta` item of a step."""
   path = run.absolute() / FOLDER / str(step)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +22,21 @@ def write_atomically(path: Path, data: bytes) -> None:
   finally:
     tmp.unlink(missing_ok=True)
   sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+  """A folder to be filled under a temporary name, which appears as `path` when it is whole."""
+  path.absolute().parent.mkdir(parents=True, exist_ok=True)
+  tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+  try:
+    tmp.mkdir()
+    yield tmp
+    sync_directory(tmp)
+    tmp.rename(path)
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
+  sync_directory(path.absolute().parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -79,7 +79,7 @@ def forward_flops_per_token(model: ModelConfig, length: int) -> float:
 def _attention_flops(model: ModelConfig, attention: Any, layer: int, length: int) -> float:
   """Of scores and weighted values in one layer, averaged over the tokens of a row."""
   if isinstance(attention, HeadsAttention):
-    window = attention.windows[layer % len(attention.windows)] or length
+    window = attention.window(layer) or length
     window = min(window, length)
     keys = window - window * window / (2 * length)  # half of the square, the window's corner cut
     return 4.0 * attention.heads * attention.head_width * keys

@@ -21,6 +21,7 @@ import numpy as np
 from slmjax import sharding
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.errors import UserError, run_command
+from slmjax.kernels import capping
 from slmjax.loaded import Loaded, add_checkpoint_arguments
 from slmjax.model.decoder import Cache, Decoder
 from slmjax.model_config import LearnedPositions, RotaryPositions
@@ -160,8 +161,7 @@ def _logits(model: Decoder, table_VE: jax.Array, hidden_BSE: jax.Array) -> jax.A
   """Scores of the token after the last position, [B, V] in float32, whole on each device."""
   last_BE = sharding.whole(hidden_BSE)[:, -1]
   logits_BV = jnp.einsum("be,ve->bv", last_BE, table_VE, preferred_element_type=jnp.float32)
-  softcap = model.model.logits.softcap
-  return logits_BV if softcap is None else softcap * jnp.tanh(logits_BV / softcap)
+  return capping.cap(logits_BV, model.model.logits.softcap)
 
 
 def _draw(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

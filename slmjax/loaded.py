@@ -68,18 +68,7 @@ class Loaded:
     Raises:
       UserError: no such folder, checkpoint or tokenizer.
     """
-    steps = checkpoint.steps_in(run)
-    if not steps:
-      raise UserError(
-        f"{run} holds no checkpoint; name the run's folder (--workdir of the training) or that of "
-        "an imported model"
-      )
-    if step is None:
-      step = steps[-1]
-    if step not in steps:
-      raise UserError(
-        f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
-      )
+    step = checkpoint.chosen_step(run, step)
     meta = checkpoint.read_meta(run, step)
     if "imported" in meta:
       return _imported(run, step, meta)
@@ -114,7 +103,7 @@ def _trained(run: Path, step: int, meta: dict[str, Any]) -> Loaded:
   mesh = _mesh(config.model, config.eval.rows)
   return Loaded(
     step=step,
-    model=_read(run, step, config.model, config.compute, mesh),
+    model=read_decoder(run, step, config.model, config.compute, mesh),
     tokenizer=tokenizer,
     rope_theta=stage.rope_theta,
     prefix=(eos, bos) if meta["tokenizer"]["add_bos"] and bos is not None else (eos,),
@@ -153,7 +142,7 @@ def _imported(run: Path, step: int, meta: dict[str, Any]) -> Loaded:
   mesh = _mesh(model, jax.device_count())
   return Loaded(
     step=step,
-    model=_read(run, step, model, compute, mesh),
+    model=read_decoder(run, step, model, compute, mesh),
     tokenizer=tokenizer,
     rope_theta=meta["rope_theta"],
     prefix=prefix,
@@ -176,9 +165,10 @@ def _mesh(model: ModelConfig, rows: int) -> jax.sharding.Mesh:
   return sharding.make_mesh((1, devices, 1, 1), jax.devices()[:devices])
 
 
-def _read(
+def read_decoder(
   run: Path, step: int, config: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh
 ) -> Decoder:
+  """The parameters of a checkpoint, on a mesh."""
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(lambda: Decoder(config, compute, Specs.of_mesh(), jax.random.key(0)))
     model: Decoder = checkpoint.read_model(run, step, sharding.with_mesh(abstract, mesh))

@@ -144,6 +144,10 @@ class HeadsAttention:
   qkv_bias: bool
   out_bias: bool
 
+  def window(self, layer: int) -> int:
+    """How many keys a layer of the segment sees; 0 is all."""
+    return self.windows[layer % len(self.windows)]
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentAttention:
@@ -230,3 +234,8 @@ class ModelConfig:
   segments: tuple[SegmentConfig, ...]
   logits: LogitsConfig
   init: InitConfig
+
+  @property
+  def depth(self) -> int:
+    """Blocks of the model, each counted once however often it is applied."""
+    return sum(segment.layers for segment in self.segments)

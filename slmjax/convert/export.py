@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from slmjax.convert.registry import FAMILIES, describe
 from slmjax.convert.tokenizer_files import copy_files
 from slmjax.data.tokenizer import Tokenizer
 from slmjax.data.tokenizer_files import find
-from slmjax.durable import sync_directory, write_atomically
+from slmjax.durable import new_folder, write_atomically
 from slmjax.errors import UserError
 from slmjax.model_config import ModelConfig
 from slmjax.parameters import parameters
@@ -97,12 +95,9 @@ def export_folder(
     raise UserError(f"{out} exists; name a new folder for --out")
   if shard_gb <= 0:
     raise UserError(f"--shard-gb is {shard_gb}; it must be above 0")
-  step = _step(run, step)
+  step = checkpoint.chosen_step(run, step)
   what = exportable(run, step)
-  out.absolute().parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-  try:
-    temporary.mkdir()
+  with new_folder(out) as temporary:
     done = {
       "out": str(out),
       "model_type": what.family.model_type,
@@ -115,11 +110,6 @@ def export_folder(
       done["parity"] = parity_of.compare(what, run, step, temporary)
       text = json.dumps(done["parity"], indent=2) + "\n"
       write_atomically(temporary / "parity.json", text.encode())
-    sync_directory(temporary)
-    temporary.rename(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  sync_directory(out.absolute().parent)
   return done
 
 
@@ -140,17 +130,6 @@ def write_model(what: Exportable, run: Path, step: int, folder: Path, shard_byte
   text = json.dumps(what.config, indent=2) + "\n"
   write_atomically(folder / "config.json", text.encode())
   return len(tensors)
-
-
-def _step(run: Path, step: int | None) -> int:
-  steps = checkpoint.steps_in(run)
-  if not steps:
-    raise UserError(f"{run} holds no checkpoint; name the folder that has checkpoints/ in it")
-  if step is None:
-    return steps[-1]
-  if step not in steps:
-    raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-  return step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -115,8 +115,8 @@ def layer_windows(fields: Fields, window: int | None, default: list[str]) -> tup
 
 def write_layer_types(model: ModelConfig) -> dict[str, Any]:
   """`layer_types` and `sliding_window` of a model with at most one window."""
-  attention, layers = first(model)[0], depth(model)
-  windows = [attention.windows[i % len(attention.windows)] for i in range(layers)]
+  attention, layers = first(model)[0], model.depth
+  windows = [attention.window(i) for i in range(layers)]
   return dict(
     sliding_window=max(windows) or None,
     layer_types=["sliding_attention" if w else "full_attention" for w in windows],
@@ -133,10 +133,6 @@ def first(model: ModelConfig) -> tuple[HeadsAttention, FeedForward]:
   if not isinstance(attention, HeadsAttention) or not isinstance(ffn, FeedForward):
     raise NotThisFamily
   return attention, ffn
-
-
-def depth(model: ModelConfig) -> int:
-  return sum(segment.layers for segment in model.segments)
 
 
 def rotary_fraction(model: ModelConfig) -> float:

@@ -2,9 +2,7 @@
 
 import argparse
 import functools
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from slmjax.convert.hf_files import DTYPES, Stored, equal, read_json, stored_in
 from slmjax.convert.names import Names, Tensor, lay_out
 from slmjax.convert.registry import family_of
 from slmjax.convert.tokenizer_files import copy_files, describe_tokenizer
-from slmjax.durable import sync_directory
+from slmjax.durable import new_folder
 from slmjax.errors import UserError
 from slmjax.model.decoder import Decoder
 from slmjax.model_config import ModelConfig
@@ -69,17 +67,9 @@ def import_folder(source: Path, out: Path, ignore: Sequence[str]) -> dict[str, A
     )
     for name, shape in shapes.items()
   }
-  out.absolute().parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-  try:
-    temporary.mkdir()
+  with new_folder(out) as temporary:
     checkpoint.write_imported(temporary, STEP, arrays, meta)
     files = copy_files(source, temporary)
-    sync_directory(temporary)
-    temporary.rename(out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
-  sync_directory(out.absolute().parent)
   return {
     "out": str(out),
     "model_type": family.model_type,

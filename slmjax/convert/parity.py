@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import checkpoint, sharding
+from slmjax import sharding
 from slmjax.config import ComputeConfig
+from slmjax.kernels import capping
+from slmjax.loaded import read_decoder
 from slmjax.model.decoder import Decoder
 from slmjax.model_config import ModelConfig
 from slmjax.parameters import parameters
-from slmjax.sharding import Specs
 
 if TYPE_CHECKING:
   from slmjax.convert.export import Exportable
@@ -81,9 +82,7 @@ def load(model: ModelConfig, param_dtype: str, run: Path, step: int) -> Decoder:
     attention="auto",
     cross_entropy="auto",
   )
-  with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(lambda: Decoder(model, compute, Specs.of_mesh(), jax.random.key(0)))
-    return checkpoint.read_model(run, step, sharding.with_mesh(abstract, mesh))
+  return read_decoder(run, step, model, compute, mesh)
 
 
 def our_logits(model: Decoder, tokens: np.ndarray, rope_theta: float | None) -> np.ndarray:
@@ -102,8 +101,7 @@ def logits(model: Decoder, tokens_BS: jax.Array, rope_theta: float | None) -> ja
   hidden_BSE, _ = model(tokens_BS, jnp.ones_like(tokens_BS), positions_BS, rope_theta=rope_theta)
   whole_BSE, table_VE = (jax.reshard(x, jax.P()) for x in (hidden_BSE, model.output_VE))
   logits_BSV = whole_BSE @ table_VE.astype(whole_BSE.dtype).T
-  cap = model.model.logits.softcap
-  return logits_BSV if cap is None else cap * jnp.tanh(logits_BSV / cap)
+  return capping.cap(logits_BSV, model.model.logits.softcap)
 
 
 def _their_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -205,8 +205,10 @@ def _stack(
 
 def _windows(segment: SegmentConfig) -> list[int | None]:
   """The attention window of each of a segment's layers."""
-  windows = segment.attention.windows if isinstance(segment.attention, HeadsAttention) else (0,)
-  return [windows[i % len(windows)] or None for i in range(segment.layers)]
+  attention = segment.attention
+  if not isinstance(attention, HeadsAttention):
+    return [None] * segment.layers
+  return [attention.window(layer) or None for layer in range(segment.layers)]
 
 
 def _scan(

@@ -216,7 +216,7 @@ def _vector(x: jax.Array | np.ndarray, spec: jax.P, dtype: jnp.dtype) -> nnx.Par
 
 def _depths(model: ModelConfig, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
   """How deep a block lies, from 0 in the first to 1 in the last, and from 1 to 1/L; float32."""
-  layers = sum(segment.layers for segment in model.segments)
+  layers = model.depth
   return layer / max(layers - 1, 1), 1.0 - layer / layers
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from slmjax import families
 from slmjax.architecture import layer_norm, learned, normal
-from slmjax.convert.family import Family, NotThisFamily, Reading, cycle, depth, first
+from slmjax.convert.family import Family, NotThisFamily, Reading, cycle, first
 from slmjax.convert.fields import ACTIVATION_NAMES, Fields
 from slmjax.convert.names import Names, Table
 from slmjax.model_config import LearnedPositions, ModelConfig
@@ -63,7 +63,7 @@ def _write_gpt2(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   return dict(
     vocab_size=model.vocab_size,
     n_embd=model.width,
-    n_layer=depth(model),
+    n_layer=model.depth,
     n_head=attention.heads,
     n_inner=ffn.width,
     n_positions=model.max_length,
@@ -162,12 +162,12 @@ def _read_gpt_neo(fields: Fields) -> Reading:
 
 def _write_gpt_neo(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   attention, ffn = first(model)
-  windows = [attention.windows[i % len(attention.windows)] for i in range(depth(model))]
+  windows = [attention.window(i) for i in range(model.depth)]
   kinds = ["local" if window else "global" for window in windows]
   return dict(
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    num_layers=depth(model),
+    num_layers=model.depth,
     num_heads=attention.heads,
     intermediate_size=ffn.width,
     max_position_embeddings=model.max_length,
@@ -261,7 +261,7 @@ def _write_opt(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   return dict(
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    num_hidden_layers=depth(model),
+    num_hidden_layers=model.depth,
     num_attention_heads=attention.heads,
     ffn_dim=ffn.width,
     max_position_embeddings=model.max_length,

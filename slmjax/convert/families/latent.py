@@ -6,7 +6,7 @@ from typing import Any
 from slmjax import families
 from slmjax.architecture import normal
 from slmjax.convert.families.llama import GATED, NORMS, llama_names
-from slmjax.convert.family import Family, NotThisFamily, Reading, depth, with_activation
+from slmjax.convert.family import Family, NotThisFamily, Reading, with_activation
 from slmjax.convert.fields import ACTIVATION_NAMES, Fields
 from slmjax.convert.names import Table
 from slmjax.convert.rope import Rope, write_rope
@@ -74,7 +74,7 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
     vocab_size=model.vocab_size,
     hidden_size=model.width,
     intermediate_size=ffn.width,
-    num_hidden_layers=depth(model),
+    num_hidden_layers=model.depth,
     num_attention_heads=attention.heads,
     num_key_value_heads=attention.heads,
     q_lora_rank=attention.query_latent,
@@ -115,7 +115,7 @@ def _write_minicpm3(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   base = model.logits.scale * model.width
   return _write(model, theta) | dict(
     scale_emb=model.embedding.scale,
-    scale_depth=model.block.residual_scale * math.sqrt(depth(model)),
+    scale_depth=model.block.residual_scale * math.sqrt(model.depth),
     dim_model_base=round(base),
   )
 
@@ -172,7 +172,7 @@ def _read_deepseek(fields: Fields) -> Reading:
 
 
 def _write_deepseek(model: ModelConfig, theta: float | None) -> dict[str, Any]:
-  return _write(model, theta) | dict(first_k_dense_replace=depth(model))
+  return _write(model, theta) | dict(first_k_dense_replace=model.depth)
 
 
 DEEPSEEK_V2 = Family(

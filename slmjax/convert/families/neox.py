@@ -8,7 +8,6 @@ from slmjax.convert.families.llama import ROPE_BUFFERS
 from slmjax.convert.family import (
   Family,
   Reading,
-  depth,
   first,
   head_width,
   rotary_fraction,
@@ -77,7 +76,7 @@ def _write_neox(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   written = dict(
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    num_hidden_layers=depth(model),
+    num_hidden_layers=model.depth,
     num_attention_heads=attention.heads,
     intermediate_size=ffn.width,
     hidden_act=ACTIVATION_NAMES[ffn.activation],
@@ -159,7 +158,7 @@ def _write_bloom(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   return dict(
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    n_layer=depth(model),
+    n_layer=model.depth,
     n_head=attention.heads,
     seq_length=model.max_length,
     layer_norm_epsilon=model.norm.eps,

@@ -4,7 +4,7 @@ from typing import Any
 
 from slmjax import families
 from slmjax.architecture import normal, rotary
-from slmjax.convert.family import Family, NotThisFamily, Reading, depth, first
+from slmjax.convert.family import Family, NotThisFamily, Reading, first
 from slmjax.convert.fields import Fields
 from slmjax.convert.names import Names
 from slmjax.model_config import FeedForward, HeadsAttention, ModelConfig, RotaryPositions
@@ -53,7 +53,7 @@ def _read(fields: Fields) -> Reading:
 
 def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   attention = first(model)[0]
-  if not isinstance(model.positions, RotaryPositions) or depth(model) < 2:
+  if not isinstance(model.positions, RotaryPositions) or model.depth < 2:
     raise NotThisFamily
   heads, groups, widths = [], [], []
   for segment in model.segments:
@@ -67,7 +67,7 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   return dict(
     vocab_size=model.vocab_size,
     model_dim=model.width,
-    num_transformer_layers=depth(model),
+    num_transformer_layers=model.depth,
     head_dim=attention.head_width,
     num_gqa_groups=attention.heads // attention.kv_heads,
     num_query_heads=heads,

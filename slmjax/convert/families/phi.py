@@ -8,7 +8,6 @@ from slmjax.convert.families.llama import ATTENTION, GATED, NORMS, llama_names
 from slmjax.convert.family import (
   Family,
   Reading,
-  depth,
   first,
   head_width,
   rotary_fraction,
@@ -37,7 +36,7 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
     vocab_size=model.vocab_size,
     hidden_size=model.width,
     intermediate_size=ffn.width,
-    num_hidden_layers=depth(model),
+    num_hidden_layers=model.depth,
     num_attention_heads=attention.heads,
     num_key_value_heads=attention.kv_heads,
     hidden_act=ACTIVATION_NAMES[ffn.activation],

@@ -4,7 +4,7 @@ from typing import Any
 
 from slmjax import families
 from slmjax.architecture import normal
-from slmjax.convert.family import Family, NotThisFamily, Reading, depth
+from slmjax.convert.family import Family, NotThisFamily, Reading
 from slmjax.convert.fields import Fields
 from slmjax.convert.names import Names
 from slmjax.model_config import ModelConfig, RwkvChannelMix, RwkvTimeMix
@@ -38,7 +38,7 @@ def _write(model: ModelConfig, theta: float | None) -> dict[str, Any]:
   return dict(
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    num_hidden_layers=depth(model),
+    num_hidden_layers=model.depth,
     attention_hidden_size=time_mix.width,
     intermediate_size=channel_mix.width,
     context_length=model.max_length,
