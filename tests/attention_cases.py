@@ -85,6 +85,11 @@ CASES = [
   Case(S=200, N=4, K=2, softcap=2.0, window=70, dtype="bfloat16"),
   Case(S=300, N=8, K=2, alibi=True, documents=120, padding=40),
   Case(S=128, T=300, N=4, K=4, q_start=130, alibi=True, window=100, H=24, U=40),
+  Case(S=127, H=96, N=4, K=1, documents=60),
+  Case(S=128, H=256, N=8, K=1, B=1, dtype="bfloat16"),
+  Case(S=130, H=192, U=128, N=2, K=2, B=1, documents=50, dtype="bfloat16"),
+  Case(S=2048, H=64, N=4, K=1, B=1, documents=300, padding=100),
+  Case(S=2048, H=128, N=2, K=2, B=1, window=600, dtype="bfloat16"),
 ]
 
 
@@ -133,8 +138,8 @@ def run(attend: Any, *arrays: Any, **traced: Any) -> list[Any]:
 
 
 def assert_close(got: list[Any], want: Any, tolerance: float) -> None:
-  """`got` and `want` are an output and its gradients of q, k and v."""
-  for name, x, y in zip(("o", "dq", "dk", "dv"), got, want, strict=True):
+  """`got` and `want` are an output and its gradients of q, k and v (`want` may have more)."""
+  for name, x, y in zip(("o", "dq", "dk", "dv"), got, want[:4], strict=True):
     x = np.asarray(x, np.float64)
     assert np.isfinite(x).all(), name
     largest = np.abs(y).max()

@@ -86,6 +86,52 @@ class TestConformance:
     gradient = jax.grad(lambda slopes_N: attend(q, k, v, qs, ks, 0, slopes_N=slopes_N).sum())
     np.testing.assert_array_equal(gradient(jnp.asarray(case.slopes_N)), 0.0)
 
+  @pytest.mark.parametrize("sinks", [False, True])
+  @pytest.mark.parametrize(
+    "case",
+    [
+      Case(S=150, N=4, K=2, documents=60, padding=30),
+      Case(S=200, N=2, K=1, H=80, U=48, window=40, softcap=2.0, documents=90, padding=20),
+      Case(S=40, T=300, N=2, K=2, q_start=200, documents=50),
+      Case(S=150, N=4, K=1, documents=60, padding=30, dtype="bfloat16"),
+    ],
+    ids=str,
+  )
+  def test_the_logsumexp_and_sinks(self, implementation: str, case: Case, sinks: bool) -> None:
+    q, k, v, qs, ks, do = draw(case)
+    rng = np.random.default_rng(1)
+    sinks_N = jnp.asarray(rng.normal(size=case.N), jnp.float32) if sinks else None
+    dlse = rng.normal(size=q.shape[:3]).astype(np.float32)
+    unseen = ~reference_attention.visible(qs, ks, case.q_start, case.window).any(axis=2)
+    if not sinks:
+      dlse[unseen] = 0.0  # there is no log-sum-exp to differentiate
+    attend = functools.partial(
+      api.attention_and_logsumexp, scale=0.1, implementation=implementation, **case.static
+    )
+
+    @jax.jit
+    def forward_backward(do: Any, dlse: Any, sinks_N: Any, **traced: Any) -> Any:
+      (o, lse), vjp = jax.vjp(
+        lambda q, k, v, sinks_N: attend(q, k, v, qs, ks, case.q_start, sinks_N=sinks_N, **traced),
+        *(q, k, v, sinks_N),
+      )
+      return (o, lse), vjp((do, dlse))
+
+    (o, lse), (dq, dk, dv, dsinks) = forward_backward(do, dlse, sinks_N, **case.traced_arrays)
+    options = dict(softcap=case.softcap, sinks_N=sinks_N, dlse_BSN=dlse)
+    want = expect(q, k, v, qs, ks, do, case.q_start, 0.1, case.window, **options)
+    assert_close([o, dq, dk, dv], want, TOLERANCE[case.dtype])
+    # The scores are sums of exact products of the inputs, whatever their dtype.
+    np.testing.assert_array_equal(np.isinf(lse), np.isinf(want.lse))
+    seen = ~np.isinf(want.lse)
+    np.testing.assert_allclose(lse[seen], want.lse[seen], rtol=1e-5, atol=1e-5)
+    if sinks:
+      assert seen.all()
+      error = np.abs(dsinks - want.dsinks).max()
+      assert error <= TOLERANCE[case.dtype] * max(1.0, np.abs(want.dsinks).max())
+    else:
+      np.testing.assert_array_equal(np.isinf(lse), unseen[..., None] & np.ones(case.N, bool))
+
   def test_ids_need_not_ascend(self, implementation: str) -> None:
     q, k, v, qs, _, do = draw(Case(S=300, documents=20))
     rename = np.random.default_rng(1).permutation(qs.max() + 1) + 1
@@ -310,6 +356,7 @@ def test_what_is_off_leaves_no_trace() -> None:
     ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
     ({"slopes_N": jnp.ones(3)}, r"float32\[4\], one per query head, got float32\[3\]"),
     ({"slopes_N": jnp.ones(4), "softcap": 1.0}, "not built together"),
+    ({"sinks_N": jnp.ones(4, jnp.bfloat16)}, r"sinks must be float32\[4\], .* got bfloat16\[4\]"),
   ],
   ids=str,
 )

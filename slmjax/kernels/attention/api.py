@@ -5,6 +5,7 @@ and keys, U width of values.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +33,28 @@ def attention(
   q_segments_BS: jax.Array,
   kv_segments_BT: jax.Array,
   q_start: int | jax.Array,
+  **options: Any,
+) -> jax.Array:
+  """The output of `attention_and_logsumexp`, [B, S, N, U] in the queries' dtype."""
+  arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
+  return attention_and_logsumexp(*arrays, q_start, **options)[0]
+
+
+def attention_and_logsumexp(
+  q_BSNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKU: jax.Array,
+  q_segments_BS: jax.Array,
+  kv_segments_BT: jax.Array,
+  q_start: int | jax.Array,
   *,
   scale: float,
   window: int | jax.Array | None = None,
   softcap: float | None = None,
   slopes_N: jax.Array | None = None,
+  sinks_N: jax.Array | None = None,
   implementation: str = "auto",
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
   """Causal attention within segments, on the arrays of one device (inside `jax.shard_map`).
 
   Query i has index `q_start + i` on the key axis. It sees key j if j is not after it and both have
@@ -58,12 +74,17 @@ def attention(
     softcap: with a value c scores become c tanh(scores / c) (Gemma-2, arXiv:2408.00118).
     slopes_N: float32, ALiBi (arXiv:2108.12409): adds slope (j - i) to the scores of query i and
       key j. Constants: their gradient is zero. Not together with softcap.
+    sinks_N: float32, per query head the score of one more key, whose value is zero: it takes its
+      share of the weights (gpt-oss, arXiv:2508.10925; as "attention off by one" with a score of
+      0). Not scaled, not capped, visible to all queries. Differentiable.
     implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
       TPUs, and by name only: nobody has run it on one yet.
 
   Returns:
-    The weighted sums of values, [B, S, N, U], in the queries' dtype. Scores, softmax and sums are
-    float32.
+    The weighted sums of values, [B, S, N, U], in the queries' dtype; and the logarithm of the sum
+    of the exponentials of all scores that a query sees, sink included: float32 [B, S, N], -inf
+    where there is none. Scores, softmax and sums are float32. Both are differentiable by q, k, v
+    and sinks.
 
   Raises:
     ValueError: an implementation that does not exist, shapes and dtypes that do not fit, or
@@ -71,7 +92,7 @@ def attention(
     UserError: an implementation that cannot run these shapes and dtypes, or not on this platform.
   """
   _check(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
-  _check_scores(q_BSNH.shape[2], window, softcap, slopes_N)
+  _check_scores(q_BSNH.shape[2], window, softcap, slopes_N, sinks_N)
   if implementation == "auto":
     implementation = _choose(q_BSNH.shape, k_BTKH.shape)
   arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
@@ -82,32 +103,32 @@ def attention(
     window = jnp.where(window == 0, jnp.iinfo(jnp.int32).max, window).astype(jnp.int32)
   if slopes_N is not None:
     slopes_N = jax.lax.stop_gradient(slopes_N)
+  scores: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap, slopes_N=slopes_N)
   if implementation == "reference":
-    return reference.attention(
-      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N
-    )
-  if implementation == "chunked":
+    found = reference.attention(*arrays, **scores)
+  elif implementation == "chunked":
     blocks = _CPU_BLOCKS if _platform() == "cpu" else _BLOCKS
-    return chunked.attention(
-      *arrays, scale=scale, window=window, softcap=softcap, slopes_N=slopes_N, blocks=blocks
-    )
-  if implementation == "pallas_tpu":
+    found = chunked.attention(*arrays, **scores, blocks=blocks)
+  elif implementation == "pallas_tpu":
     if _platform() != "tpu":
       raise UserError(
         f"attention implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
       )
-    return pallas_tpu.attention(
-      *arrays,
-      scale=scale,
-      window=window,
-      softcap=softcap,
-      slopes_N=slopes_N,
-      blocks=pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3])),
+    blocks_of_width = pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
+    found = pallas_tpu.attention(*arrays, **scores, blocks=blocks_of_width)
+  else:
+    raise ValueError(
+      f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
+      f"{', '.join(IMPLEMENTATIONS)}"
     )
-  raise ValueError(
-    f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
-    f"{', '.join(IMPLEMENTATIONS)}"
-  )
+  return found if sinks_N is None else _sink(*found, sinks_N)
+
+
+def _sink(o_BSNU: jax.Array, lse_BSN: jax.Array, sinks_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """One more key of value zero: it only makes the sum larger that weights are divided by."""
+  whole_BSN = jnp.logaddexp(lse_BSN, sinks_N)
+  share_BSN1 = jnp.exp(lse_BSN - whole_BSN)[..., None]
+  return (o_BSNU * share_BSN1).astype(o_BSNU.dtype), whole_BSN
 
 
 @functools.cache  # So that each choice is logged once, not once per layer and trace.
@@ -155,6 +176,7 @@ def _check_scores(
   window: int | jax.Array | None,
   softcap: float | None,
   slopes_N: jax.Array | None,
+  sinks_N: jax.Array | None,
 ) -> None:
   if isinstance(window, jax.Array):
     if window.shape != () or not jnp.issubdtype(window.dtype, jnp.integer):
@@ -163,11 +185,10 @@ def _check_scores(
     raise ValueError(f"attention: window must be at least 1, or 0 for none, got {window}")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"attention: softcap must be positive, got {softcap}")
-  if slopes_N is not None:
-    if slopes_N.shape != (heads,) or slopes_N.dtype != jnp.float32:
+  for name, x_N in (("slopes", slopes_N), ("sinks", sinks_N)):
+    if x_N is not None and (x_N.shape != (heads,) or x_N.dtype != jnp.float32):
       raise ValueError(
-        f"attention: slopes must be float32[{heads}], one per query head, "
-        f"got {jax.typeof(slopes_N)}"
+        f"attention: {name} must be float32[{heads}], one per query head, got {jax.typeof(x_N)}"
       )
-    if softcap is not None:
-      raise ValueError("attention: softcap and slopes are not built together")
+  if slopes_N is not None and softcap is not None:
+    raise ValueError("attention: softcap and slopes are not built together")

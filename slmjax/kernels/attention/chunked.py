@@ -18,10 +18,7 @@ import jax.numpy as jnp
 
 from slmjax.kernels import capping, manual
 from slmjax.kernels.attention import visible
-
-# Scores of invisible pairs. Finite, so that a row of which nothing is visible yet has differences
-# of scores that are numbers; far below any real score, so that its exponential is exactly zero.
-_HIDDEN = -1e30
+from slmjax.kernels.attention.online_softmax import HIDDEN, delta
 
 
 class Blocks(NamedTuple):
@@ -73,8 +70,8 @@ def attention(
   softcap: float | None,
   slopes_N: jax.Array | None,
   blocks: Blocks,
-) -> jax.Array:
-  """See `api.attention`. Temporaries are linear in S and T.
+) -> tuple[jax.Array, jax.Array]:
+  """See `api.attention_and_logsumexp`. Temporaries are linear in S and T.
 
   The blocks of keys visited for a block of queries are one range, from the first to the last that
   may hold a visible key: not after the last query, not out of the first query's window, and with
@@ -90,37 +87,43 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, shared: _Shared, *batched: jax.Array) -> jax.Array:
+def _attention(
+  static: _Static, shared: _Shared, *batched: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   return _forward(static, shared, *batched)[0]
 
 
 def _forward(
   static: _Static, shared: _Shared, *batched: jax.Array
-) -> tuple[jax.Array, tuple[_Shared, tuple[jax.Array, ...]]]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[_Shared, tuple[jax.Array, ...]]]:
   def row(x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     return _row_forward(static, _split(static.blocks, x, shared))
 
   o_BIQKGU, lse_BIKGQ = jax.lax.map(row, batched)
   o_BSNU = _join(o_BIQKGU, batched[0])
-  return o_BSNU, (shared, (*batched, o_BSNU, lse_BIKGQ))
+  lse_BSN1 = _join(jnp.moveaxis(lse_BIKGQ, -1, 2)[..., None], batched[0])
+  return (o_BSNU, lse_BSN1[..., 0]), (shared, (*batched, o_BSNU, lse_BIKGQ))
 
 
 def _backward(
-  static: _Static, saved: tuple[_Shared, tuple[jax.Array, ...]], do_BSNU: jax.Array
+  static: _Static,
+  saved: tuple[_Shared, tuple[jax.Array, ...]],
+  cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, ...]:
   shared, batched = saved
   q_BSNH, k_BTKH = batched[:2]
 
   def row(x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    *inputs, o_SNU, lse_IKGQ, do_SNU = x
+    *inputs, o_SNU, lse_IKGQ, do_SNU, dlse_SN = x
     split = _split(static.blocks, tuple(inputs), shared)
+    delta_SN = delta(o_SNU, do_SNU, dlse_SN)
     heads = split.q_IQKGH.shape[:-1]
-    o_IQKGU, do_IQKGU = (
-      _pad(y, 0, static.blocks.queries).reshape(*heads, -1) for y in (o_SNU, do_SNU)
+    delta_IQKG1, do_IQKGU = (
+      _pad(y, 0, static.blocks.queries).reshape(*heads, -1) for y in (delta_SN, do_SNU)
     )
-    return _row_backward(static, split, o_IQKGU, lse_IKGQ, do_IQKGU)
+    return _row_backward(static, split, delta_IQKG1, lse_IKGQ, do_IQKGU)
 
-  dq_BIQKGH, dk_BKTH, dv_BKTU = jax.lax.map(row, (*batched, do_BSNU))
+  dq_BIQKGH, dk_BKTH, dv_BKTU = jax.lax.map(row, (*batched, *cotangents))
   T = k_BTKH.shape[1]
   dk_BTKH, dv_BTKU = (jnp.swapaxes(x[:, :, :T], 1, 2) for x in (dk_BKTH, dv_BKTU))
   return None, _join(dq_BIQKGH, q_BSNH), dk_BTKH, dv_BTKU, None, None
@@ -152,15 +155,15 @@ def _row_forward(static: _Static, row: _Row) -> tuple[jax.Array, jax.Array]:
 
     start = (
       manual.zeros((K, G, Q, U), jnp.float32, row.q_IQKGH),
-      manual.zeros((K, G, Q), jnp.float32, row.q_IQKGH) + _HIDDEN,
+      manual.zeros((K, G, Q), jnp.float32, row.q_IQKGH) + HIDDEN,
       manual.zeros((K, G, Q), jnp.float32, row.q_IQKGH),
     )
     acc_KGQU, top_KGQ, sum_KGQ = jax.lax.fori_loop(row.first_I[i], row.last_I[i], key_block, start)
     # Where nothing was visible the sum counts hidden pairs, or is empty.
-    saw_KGQ = top_KGQ > _HIDDEN / 2
+    saw_KGQ = top_KGQ > HIDDEN / 2
     sum_KGQ = jnp.where(saw_KGQ, sum_KGQ, 1.0)
     o_KGQU = jnp.where(saw_KGQ[..., None], acc_KGQU / sum_KGQ[..., None], 0.0)
-    lse_KGQ = jnp.where(saw_KGQ, top_KGQ + jnp.log(sum_KGQ), 0.0)
+    lse_KGQ = jnp.where(saw_KGQ, top_KGQ + jnp.log(sum_KGQ), -jnp.inf)
     return jnp.moveaxis(o_KGQU, 2, 0).astype(row.q_IQKGH.dtype), lse_KGQ
 
   return jax.lax.map(query_block, jnp.arange(row.q_IQKGH.shape[0]))
@@ -169,7 +172,7 @@ def _row_forward(static: _Static, row: _Row) -> tuple[jax.Array, jax.Array]:
 def _row_backward(
   static: _Static,
   row: _Row,
-  o_IQKGU: jax.Array,
+  delta_IQKG1: jax.Array,
   lse_IKGQ: jax.Array,
   do_IQKGU: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -180,11 +183,10 @@ def _row_backward(
   def query_block(
     kv_grads: tuple[jax.Array, jax.Array], i: jax.Array
   ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    q_KGQH, o_KGQU, do_KGQU = (jnp.moveaxis(x[i], 0, 2) for x in (row.q_IQKGH, o_IQKGU, do_IQKGU))
-    delta_KGQ1 = jnp.sum(
-      o_KGQU.astype(jnp.float32) * do_KGQU.astype(jnp.float32), axis=-1, keepdims=True
-    )
-    lse_KGQ1 = lse_IKGQ[i][..., None]
+    of_queries = (row.q_IQKGH, delta_IQKG1, do_IQKGU)
+    q_KGQH, delta_KGQ1, do_KGQU = (jnp.moveaxis(x[i], 0, 2) for x in of_queries)
+    # Without anything visible any number will do: the exponential of hidden scores is zero.
+    lse_KGQ1 = jnp.maximum(lse_IKGQ[i], HIDDEN / 2)[..., None]
 
     def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       dq_KGQH, dk_KTH, dv_KTU = carry
@@ -249,7 +251,7 @@ def _scores(
   if row.shared.window is not None:
     reach_QP &= kv_position_P > q_position_Q1 - row.shared.window
   visible_QP = reach_QP & (q_segment_Q1 == kv_segment_P) & (q_segment_Q1 > 0)
-  return jnp.where(visible_QP, scores_KGQP, _HIDDEN), scores_KGQP
+  return jnp.where(visible_QP, scores_KGQP, HIDDEN), scores_KGQP
 
 
 def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from slmjax.errors import UserError
 from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_tpu_kernels, visible
+from slmjax.kernels.attention.online_softmax import HIDDEN, delta
 from slmjax.kernels.attention.pallas_tpu_kernels import Blocks, Static
 
 # The lanes of a vector register: positions run along them.
@@ -81,8 +82,8 @@ def attention(
   slopes_N: jax.Array | None,
   blocks: Blocks,
   interpret: bool = False,
-) -> jax.Array:
-  """See `api.attention`. Temporaries are linear in S and T.
+) -> tuple[jax.Array, jax.Array]:
+  """See `api.attention_and_logsumexp`. Temporaries are linear in S and T.
 
   Products of float32 arrays have the precision of `jax.default_matmul_precision`, as in XLA: on a
   TPU they are of bfloat16 unless that says otherwise.
@@ -128,23 +129,31 @@ def _round_up(x: int, multiple: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, shared: _Shared, *batched: jax.Array) -> jax.Array:
+def _attention(static: Static, shared: _Shared, *batched: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _forward(static, shared, *batched)[0]
 
 
-def _forward(static: Static, shared: _Shared, *batched: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(
+  static: Static, shared: _Shared, *batched: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
   S = batched[0].shape[1]
   o_BNUS, lse_BN1S = _call_forward(static, _prepare(static, shared, *batched))
   o_BSNU = jnp.moveaxis(o_BNUS, 3, 1)[:, :S]
-  return o_BSNU, (shared, batched, o_BSNU, lse_BN1S)
+  lse_BSN = jnp.swapaxes(lse_BN1S[:, :, 0], 1, 2)[:, :S]
+  return (o_BSNU, lse_BSN), (shared, batched, o_BSNU, lse_BN1S)
 
 
-def _backward(static: Static, saved: Any, do_BSNU: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(
+  static: Static, saved: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
   shared, batched, o_BSNU, lse_BN1S = saved
+  do_BSNU, dlse_BSN = cotangents
   inputs = _prepare(static, shared, *batched)
   S, T = batched[0].shape[1], batched[1].shape[1]
-  delta_BNS = jnp.einsum("bsnu,bsnu->bns", o_BSNU.astype(jnp.float32), do_BSNU.astype(jnp.float32))
+  delta_BNS = jnp.swapaxes(delta(o_BSNU, do_BSNU, dlse_BSN), 1, 2)
   delta_BN1S = _pad(delta_BNS, 2, static.blocks.queries)[:, :, None]
+  # Without anything visible any number will do: the exponential of hidden scores is zero.
+  lse_BN1S = jnp.maximum(lse_BN1S, HIDDEN / 2)
   do_BNSU = _heads_first(do_BSNU, static.blocks.queries)
   of_queries = (do_BNSU, lse_BN1S, delta_BN1S)
   dq_BNHS = _call_backward_queries(static, inputs, *of_queries)

@@ -13,10 +13,7 @@ from jax.experimental import pallas as pl
 
 from slmjax.kernels import capping
 from slmjax.kernels.attention import visible
-
-# Scores of invisible pairs. Finite, so that a query of which nothing is visible yet has differences
-# of scores that are numbers; far below any real score, so that its exponential is exactly zero.
-_HIDDEN = -1e30
+from slmjax.kernels.attention.online_softmax import HIDDEN
 
 
 class Blocks(NamedTuple):
@@ -89,7 +86,7 @@ def _scores(
   visible_PQ = (past_PQ >= 0) & (kv_segments_P1 == q_segments_1Q)
   if static.windowed:
     visible_PQ &= past_PQ < step.limits[1]
-  return jnp.where(visible_PQ, scores_PQ, _HIDDEN), scores_PQ
+  return jnp.where(visible_PQ, scores_PQ, HIDDEN), scores_PQ
 
 
 def forward(static: Static, *refs: Any) -> None:
@@ -101,7 +98,7 @@ def forward(static: Static, *refs: Any) -> None:
   @pl.when(kind & visible.FIRST != 0)
   def _() -> None:
     acc_UQ[...] = jnp.zeros_like(acc_UQ)
-    top_1Q[...] = jnp.full_like(top_1Q, _HIDDEN)
+    top_1Q[...] = jnp.full_like(top_1Q, HIDDEN)
     sum_1Q[...] = jnp.zeros_like(sum_1Q)
 
   @pl.when(kind & visible.SEES != 0)
@@ -120,10 +117,10 @@ def forward(static: Static, *refs: Any) -> None:
   @pl.when(kind & visible.LAST != 0)
   def _() -> None:
     # Where nothing was visible the sum counts hidden pairs, or is empty.
-    saw_1Q = top_1Q[...] > _HIDDEN / 2
+    saw_1Q = top_1Q[...] > HIDDEN / 2
     safe_sum_1Q = jnp.where(saw_1Q, sum_1Q[...], 1.0)
     o_UQ[...] = jnp.where(saw_1Q, acc_UQ[...] / safe_sum_1Q, 0.0).astype(o_UQ.dtype)
-    lse_1Q[...] = jnp.where(saw_1Q, top_1Q[...] + jnp.log(safe_sum_1Q), 0.0)
+    lse_1Q[...] = jnp.where(saw_1Q, top_1Q[...] + jnp.log(safe_sum_1Q), -jnp.inf)
 
 
 def _weights(

@@ -22,8 +22,8 @@ def attention(
   window: jax.Array | None,
   softcap: float | None,
   slopes_N: jax.Array | None,
-) -> jax.Array:
-  """See `api.attention`. Memory is B x N x S x T float32."""
+) -> tuple[jax.Array, jax.Array]:
+  """See `api.attention_and_logsumexp`. Memory is B x N x S x T float32."""
   B, S, N, H = q_BSNH.shape
   T, K = k_BTKH.shape[1:3]
   q_BSKGH = q_BSNH.reshape(B, S, K, N // K, H)
@@ -48,6 +48,9 @@ def attention(
   top_BKGS1 = jax.lax.stop_gradient(scores_BKGST.max(axis=-1, keepdims=True))
   weights_BKGST = jnp.where(visible_BKGST, jnp.exp(scores_BKGST - top_BKGS1), 0.0)
   sum_BKGS1 = weights_BKGST.sum(axis=-1, keepdims=True)
-  weights_BKGST = weights_BKGST / jnp.where(sum_BKGS1 == 0.0, 1.0, sum_BKGS1)
+  safe_sum_BKGS1 = jnp.where(sum_BKGS1 == 0.0, 1.0, sum_BKGS1)
+  weights_BKGST = weights_BKGST / safe_sum_BKGS1
   o_BKGSU = jnp.einsum("bkgst,btku->bkgsu", weights_BKGST, v_BTKU.astype(jnp.float32))
-  return jnp.moveaxis(o_BKGSU, 3, 1).reshape(B, S, N, -1).astype(q_BSNH.dtype)
+  o_BSNU = jnp.moveaxis(o_BKGSU, 3, 1).reshape(B, S, N, -1).astype(q_BSNH.dtype)
+  lse_BKGS1 = jnp.where(sum_BKGS1 == 0.0, -jnp.inf, top_BKGS1 + jnp.log(safe_sum_BKGS1))
+  return o_BSNU, jnp.moveaxis(lse_BKGS1, 3, 1).reshape(B, S, N)
