@@ -114,8 +114,7 @@ def attention_and_logsumexp(
       raise UserError(
         f"attention implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
       )
-    blocks_of_width = pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
-    found = pallas_tpu.attention(*arrays, **scores, blocks=blocks_of_width)
+    found = pallas_tpu.attention(*arrays, **scores, blocks=pallas_tpu.Blocks(256, 512))
   else:
     raise ValueError(
       f"attention implementation {implementation!r} does not exist: use 'auto' or one of "

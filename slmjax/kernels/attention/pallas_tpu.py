@@ -4,11 +4,8 @@ The online softmax and its recomputing backward are those of FlashAttention-2 (D
 arXiv:2307.08691). The grid does not run over pairs of blocks: it runs over a list of those that see
 each other, made from the segment ids and the window before the kernel starts and prefetched as
 scalars, and it is as long as that list (`visible.steps`). What is not seen is neither computed nor
-fetched.
-
-Scores are transposed, [keys, queries]: everything that there is one of per query (segment, largest
-score, sum) then is a row of lanes, in memory and in registers, and the softmax reduces over
-sublanes. The outputs of queries therefore come out as [width, queries].
+fetched. Forward and backward walk the same list; the backward is one kernel of five products per
+pair, which keeps the gradients of a row's keys and values in the chip's memory.
 
 B rows, S query positions, T key positions, N query heads, K key/value heads, G query heads per
 key/value head, H width of queries and keys, U width of values; I query blocks of Q positions, J
@@ -16,6 +13,7 @@ key blocks of P positions; Z steps; 1 in a name is an axis of size 1.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,24 +25,17 @@ from slmjax.errors import UserError
 from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_tpu_kernels, visible
 from slmjax.kernels.attention.online_softmax import HIDDEN, delta
-from slmjax.kernels.attention.pallas_tpu_kernels import Blocks, Static
+from slmjax.kernels.attention.pallas_tpu_kernels import LANES, LOG2_E, Blocks, Static
 
-# The lanes of a vector register: positions run along them.
-_LANES = 128
+# Of the 64 MiB that a core of v5p has for one kernel; v5e and v6e have 128. The compiler's own
+# limit is 16 MiB.
+_VMEM = 56 * 2**20
 
-# The compiler's own limit for the memory of one kernel is 16 MiB; every chip since v5e has 64 MiB
-# and more.
-_VMEM = 48 * 2**20
+# Of these, for the gradients of keys and values. More keys than fit are done in several ranges.
+_VMEM_OF_KEYS = 32 * 2**20
 
 # The list of pairs takes 20 bytes for each that there may be, of 1 MiB of scalar memory.
 _MOST_PAIRS = 40_000
-
-
-def blocks_for(width: int) -> Blocks:
-  """Blocks for the wider one of keys and values: few steps, and all that a step needs fits."""
-  if width <= 128:
-    return Blocks(512, 512)
-  return Blocks(512, 256) if width <= 256 else Blocks(256, 256)
 
 
 class _Shared(NamedTuple):
@@ -58,7 +49,7 @@ class _Shared(NamedTuple):
 class _Inputs(NamedTuple):
   """What kernels read: heads outermost, padded to whole blocks."""
 
-  q_BNSH: jax.Array
+  q_BKGSH: jax.Array
   k_BKTH: jax.Array
   v_BKTU: jax.Array
   q_segments_B1S: jax.Array
@@ -81,7 +72,7 @@ def attention(
   softcap: float | None,
   slopes_N: jax.Array | None,
   blocks: Blocks,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
   """See `api.attention_and_logsumexp`. Temporaries are linear in S and T.
 
@@ -90,12 +81,12 @@ def attention(
 
   Args:
     blocks: at most so many positions; shorter and uneven lengths get smaller blocks.
-    interpret: runs the kernels as XLA programs on any platform, for tests.
+    interpret: runs the kernels on any platform, for tests: True, or `pltpu.InterpretParams`.
 
   Raises:
     UserError: what `refusal` says.
   """
-  if (why := refusal(q_BSNH, k_BTKH, v_BTKU)) is not None:
+  if (why := refusal(q_BSNH, k_BTKH, v_BTKU, blocks)) is not None:
     raise UserError(f"attention implementation 'pallas_tpu': {why}; use 'chunked'")
   S, T = q_BSNH.shape[1], k_BTKH.shape[1]
   even = Blocks(_even_block(S, blocks.queries), _even_block(T, blocks.keys))
@@ -106,13 +97,12 @@ def attention(
   return _attention(static, *jax.tree.map(lambda x: manual.vary_over(x, axes), arrays))
 
 
-def refusal(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array) -> str | None:
+def refusal(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, blocks: Blocks) -> str | None:
   """What the kernels cannot do with such arrays, or None."""
   if q_BSNH.dtype not in (jnp.bfloat16, jnp.float32):
     return f"{q_BSNH.dtype.name} is not built, only bfloat16 and float32"
   B, S, T = *q_BSNH.shape[:2], k_BTKH.shape[1]
-  largest = blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
-  pairs = B * -(-S // largest.queries) * -(-T // largest.keys)
+  pairs = B * -(-S // blocks.queries) * -(-T // blocks.keys)
   if pairs > _MOST_PAIRS:
     return f"{B} rows of {S} by {T} positions are {pairs} pairs of blocks, over {_MOST_PAIRS}"
   return None
@@ -121,7 +111,7 @@ def refusal(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array) -> str | No
 def _even_block(length: int, largest: int) -> int:
   """The smallest block, in whole registers, of which as few are enough as of the largest."""
   blocks = -(-length // largest)
-  return _round_up(-(-length // blocks), _LANES)
+  return _round_up(-(-length // blocks), LANES)
 
 
 def _round_up(x: int, multiple: int) -> int:
@@ -137,29 +127,35 @@ def _forward(
   static: Static, shared: _Shared, *batched: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
   S = batched[0].shape[1]
-  o_BNUS, lse_BN1S = _call_forward(static, _prepare(static, shared, *batched))
-  o_BSNU = jnp.moveaxis(o_BNUS, 3, 1)[:, :S]
-  lse_BSN = jnp.swapaxes(lse_BN1S[:, :, 0], 1, 2)[:, :S]
-  return (o_BSNU, lse_BSN), (shared, batched, o_BSNU, lse_BN1S)
+  o_BKGSU, lse_BKGS = _call_forward(static, _prepare(static, shared, *batched))
+  o_BSNU = _heads_last(o_BKGSU, S)
+  lse_BSN = _heads_last(lse_BKGS[..., None], S)[..., 0] / LOG2_E
+  return (o_BSNU, lse_BSN), (shared, batched, o_BSNU, lse_BKGS)
 
 
 def _backward(
   static: Static, saved: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-  shared, batched, o_BSNU, lse_BN1S = saved
+  shared, batched, o_BSNU, lse_BKGS = saved
   do_BSNU, dlse_BSN = cotangents
+  q_BSNH, k_BTKH = batched[:2]
   inputs = _prepare(static, shared, *batched)
-  S, T = batched[0].shape[1], batched[1].shape[1]
-  delta_BNS = jnp.swapaxes(delta(o_BSNU, do_BSNU, dlse_BSN), 1, 2)
-  delta_BN1S = _pad(delta_BNS, 2, static.blocks.queries)[:, :, None]
+  K = k_BTKH.shape[2]
+  delta_BSN = delta(o_BSNU, do_BSNU, dlse_BSN)
+  delta_BKGS = _heads_first(delta_BSN[..., None], K, static.blocks.queries)[..., 0]
+  do_BKGSU = _heads_first(do_BSNU, K, static.blocks.queries)
   # Without anything visible any number will do: the exponential of hidden scores is zero.
-  lse_BN1S = jnp.maximum(lse_BN1S, HIDDEN / 2)
-  do_BNSU = _heads_first(do_BSNU, static.blocks.queries)
-  of_queries = (do_BNSU, lse_BN1S, delta_BN1S)
-  dq_BNHS = _call_backward_queries(static, inputs, *of_queries)
-  dk_BKTH, dv_BKTU = _call_backward_keys(static, inputs, *of_queries)
-  dk_BTKH, dv_BTKU = (jnp.swapaxes(x, 1, 2)[:, :T] for x in (dk_BKTH, dv_BKTU))
-  return None, jnp.moveaxis(dq_BNHS, 3, 1)[:, :S], dk_BTKH, dv_BTKU, None, None
+  of_queries = (do_BKGSU, jnp.maximum(lse_BKGS, HIDDEN / 2), delta_BKGS)
+
+  ranges = _key_ranges(static, inputs)
+  # Of several ranges each adds to the gradients of the queries.
+  dtype = q_BSNH.dtype if len(ranges) == 1 else jnp.float32
+  parts = [_call_backward(static, some, dtype, *of_queries) for some in ranges]
+  dqs, dks, dvs = zip(*parts, strict=True)
+  dq_BKGSH = functools.reduce(jnp.add, dqs).astype(q_BSNH.dtype)
+  S, T = q_BSNH.shape[1], k_BTKH.shape[1]
+  dk_BTKH, dv_BTKU = (jnp.swapaxes(jnp.concatenate(x, axis=2), 1, 2)[:, :T] for x in (dks, dvs))
+  return None, _heads_last(dq_BKGSH, S), dk_BTKH, dv_BTKU, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -172,15 +168,24 @@ def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
   return jnp.pad(x, widths)
 
 
-def _heads_first(x_BSNH: jax.Array, block: int) -> jax.Array:
-  return jnp.swapaxes(_pad(x_BSNH, 1, block), 1, 2)
+def _heads_first(x_BSNX: jax.Array, kv_heads: int, block: int) -> jax.Array:
+  """[B, S, N, X] as [B, K, G, S, X], padded to whole blocks."""
+  x_BNSX = jnp.swapaxes(_pad(x_BSNX, 1, block), 1, 2)
+  B, N, S, X = x_BNSX.shape
+  return x_BNSX.reshape(B, kv_heads, N // kv_heads, S, X)
+
+
+def _heads_last(x_BKGSX: jax.Array, length: int) -> jax.Array:
+  """[B, K, G, S, X] as [B, S, N, X], without the padding."""
+  B, K, G, S, X = x_BKGSX.shape
+  return jnp.swapaxes(x_BKGSX.reshape(B, K * G, S, X), 1, 2)[:, :length]
 
 
 def _prepare(static: Static, shared: _Shared, *batched: jax.Array) -> _Inputs:
   q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT = batched
   Q, P = static.blocks
   q_segments_BS, kv_segments_BT = _pad(q_segments_BS, 1, Q), _pad(kv_segments_BT, 1, P)
-  B = q_BSNH.shape[0]
+  B, K = q_BSNH.shape[0], k_BTKH.shape[2]
   visible_BIJ = jax.vmap(visible.visible_blocks, in_axes=(0, 0, None, None))(
     q_segments_BS.reshape(B, -1, Q),
     kv_segments_BT.reshape(B, -1, P),
@@ -189,9 +194,9 @@ def _prepare(static: Static, shared: _Shared, *batched: jax.Array) -> _Inputs:
   )
   window = shared.q_start if shared.window is None else shared.window
   return _Inputs(
-    q_BNSH=_heads_first(q_BSNH, Q),
-    k_BKTH=_heads_first(k_BTKH, P),
-    v_BKTU=_heads_first(v_BTKU, P),
+    q_BKGSH=_heads_first(q_BSNH, K, Q),
+    k_BKTH=jnp.swapaxes(_pad(k_BTKH, 1, P), 1, 2),
+    v_BKTU=jnp.swapaxes(_pad(v_BTKU, 1, P), 1, 2),
     # Padding's queries get an id that no key has, so that kernels compare ids and nothing else.
     q_segments_B1S=jnp.where(q_segments_BS > 0, q_segments_BS, -1)[:, None],
     kv_segments_B1T=kv_segments_BT[:, None],
@@ -201,114 +206,126 @@ def _prepare(static: Static, shared: _Shared, *batched: jax.Array) -> _Inputs:
   )
 
 
-def _specs(static: Static, inputs: _Inputs, own: str, group: int) -> dict[str, pl.BlockSpec]:
-  """Where a step finds each array. `own` is "queries" or "keys": whose blocks the walk is over."""
-  Q, P = static.blocks
-  H, U = inputs.q_BNSH.shape[3], inputs.v_BKTU.shape[3]
-
-  def at(side: str) -> Any:
-    """The row and the block of that side at a step, and the head."""
-
-    def index(*grid_and_refs: Any) -> tuple[Any, Any, Any]:
-      ids, refs = grid_and_refs[: 2 + (own == "keys")], grid_and_refs[2 + (own == "keys") :]
-      step, _ = pallas_tpu_kernels.read_scalars(static, refs)
-      rows, blocks = (
-        (step.own_row_Z, step.own_Z) if side == own else (step.other_row_Z, step.other_Z)
+def _key_ranges(static: Static, inputs: _Inputs) -> list[_Inputs]:
+  """The inputs with ranges of keys whose gradients fit into the chip's memory."""
+  P = static.blocks.keys
+  J, (H, U) = inputs.visible_BIJ.shape[2], (inputs.k_BKTH.shape[3], inputs.v_BKTU.shape[3])
+  # Sums in float32, and two buffers of the result: while one leaves, the next row is computed.
+  lanes = _round_up(H, LANES) + _round_up(U, LANES)
+  per_block = P * lanes * (4 + 2 * inputs.k_BKTH.dtype.itemsize)
+  most = max(1, _VMEM_OF_KEYS // per_block)
+  even = math.ceil(J / math.ceil(J / most))
+  ranges = []
+  for first in range(0, J, even):
+    blocks, keys = slice(first, first + even), slice(first * P, (first + even) * P)
+    ranges.append(
+      inputs._replace(
+        k_BKTH=inputs.k_BKTH[:, :, keys],
+        v_BKTU=inputs.v_BKTU[:, :, keys],
+        kv_segments_B1T=inputs.kv_segments_B1T[:, :, keys],
+        limits=inputs.limits - jnp.array([first * P, 0], jnp.int32),
+        visible_BIJ=inputs.visible_BIJ[:, :, blocks],
       )
-      if own == "keys":
-        head = ids[0] * group + ids[2] if side == "queries" else ids[0]
-      else:
-        head = ids[0] if side == "queries" else ids[0] // group
-      return rows[ids[1]], head, blocks[ids[1]]
+    )
+  return ranges
 
-    return index
 
-  def positions_first(side: str, block: int, width: int) -> pl.BlockSpec:
-    def index(*args: Any) -> tuple[Any, ...]:
-      return (*at(side)(*args), 0)
+def _specs(static: Static, inputs: _Inputs) -> dict[str, pl.BlockSpec]:
+  """Where a step finds each array."""
+  Q, P = static.blocks
+  G, H, U = inputs.q_BKGSH.shape[2], inputs.k_BKTH.shape[3], inputs.v_BKTU.shape[3]
+  T = inputs.k_BKTH.shape[2]
 
-    return pl.BlockSpec((None, None, block, width), index)
+  def spec(shape: tuple[int | None, ...], place: Any) -> pl.BlockSpec:
+    """`place` gives the indices of a block from the head, the step and the prefetched scalars."""
 
-  def positions_last(side: str, block: int, width: int) -> pl.BlockSpec:
-    def index(*args: Any) -> tuple[Any, ...]:
-      row, head, place = at(side)(*args)
-      return row, head, 0, place
+    def index(head: Any, z: Any, *refs: Any) -> tuple[Any, ...]:
+      return place(head, z, pallas_tpu_kernels.read_scalars(static, refs)[0])
 
-    return pl.BlockSpec((None, None, width, block), index)
+    return pl.BlockSpec(shape, index)
 
-  def ids_of(side: str, block: int) -> pl.BlockSpec:
-    def index(*args: Any) -> tuple[Any, ...]:
-      row, _, place = at(side)(*args)
-      return row, 0, place
+  def of_queries(width: int) -> pl.BlockSpec:
+    return spec(
+      (None, None, G, Q, width), lambda head, z, s: (s.row_Z[z], head, 0, s.query_block_Z[z], 0)
+    )
 
-    return pl.BlockSpec((None, 1, block), index)
+  def of_keys(width: int) -> pl.BlockSpec:
+    return spec(
+      (None, None, P, width), lambda head, z, s: (s.key_row_Z[z], head, s.key_block_Z[z], 0)
+    )
 
+  def of_row(width: int) -> pl.BlockSpec:
+    return spec((None, None, T, width), lambda head, z, s: (s.row_Z[z], head, 0, 0))
+
+  sums = spec((None, None, G, Q), lambda head, z, s: (s.row_Z[z], head, 0, s.query_block_Z[z]))
   return {
-    "q": positions_first("queries", Q, H),
-    "k": positions_first("keys", P, H),
-    "v": positions_first("keys", P, U),
-    "q_segments": ids_of("queries", Q),
-    "kv_segments": ids_of("keys", P),
-    "o": positions_last("queries", Q, U),
-    "do": positions_first("queries", Q, U),
-    "lse": positions_last("queries", Q, 1),
-    "delta": positions_last("queries", Q, 1),
-    "dq": positions_last("queries", Q, H),
-    "dk": positions_first("keys", P, H),
-    "dv": positions_first("keys", P, U),
+    "q": of_queries(H),
+    "k": of_keys(H),
+    "v": of_keys(U),
+    "q_segments": spec((None, 1, Q), lambda _, z, s: (s.row_Z[z], 0, s.query_block_Z[z])),
+    "kv_segments": spec((None, 1, P), lambda _, z, s: (s.key_row_Z[z], 0, s.key_block_Z[z])),
+    "o": of_queries(U),
+    "do": of_queries(U),
+    "lse": sums,
+    "delta": sums,
+    "dq": of_queries(H),
+    "row_segments": spec((None, 1, T), lambda head, z, s: (s.row_Z[z], 0, 0)),
+    "dk": of_row(H),
+    "dv": of_row(U),
   }
 
 
 def _call(
   static: Static,
   inputs: _Inputs,
-  own: str,
   kernel: Any,
   more: dict[str, jax.Array],
-  out: dict[str, jax.ShapeDtypeStruct],
-  scratch: list[tuple[int, int]],
+  out: dict[str, tuple[tuple[int, ...], Any]],
+  scratch: list[Any],
   products: tuple[int, int],
 ) -> Any:
-  """Runs a kernel over the visible pairs. `more` are its inputs beside those of the forward,
-  `products` how many products of [Q, P] by H and by U it computes per pair, for the estimate."""
-  B, N, S, H = inputs.q_BNSH.shape
-  K, T, U = inputs.v_BKTU.shape[1:]
-  by_queries = own == "queries"
-  visible_BXY = inputs.visible_BIJ if by_queries else jnp.swapaxes(inputs.visible_BIJ, 1, 2)
-  steps = visible.steps(visible_BXY)
-  specs = _specs(static, inputs, own, N // K)
+  """Runs a kernel over the visible pairs. `more` are its inputs beside those of the forward, `out`
+  shapes and dtypes of results, `products` how many products of [Q, P] by H and by U it computes per
+  pair and head, for the estimate."""
+  B, K, G, S, H = inputs.q_BKGSH.shape
+  T, U = inputs.v_BKTU.shape[2:]
+  steps = visible.steps(inputs.visible_BIJ)
+  specs = _specs(static, inputs)
   arrays = {
-    "q": inputs.q_BNSH,
+    "q": inputs.q_BKGSH,
     "k": inputs.k_BKTH,
     "v": inputs.v_BKTU,
     "q_segments": inputs.q_segments_B1S,
-    "kv_segments": inputs.kv_segments_B1T,
     **more,
+  }
+  # Results vary over the mesh axes over which the inputs do.
+  axes = jax.typeof(inputs.q_BKGSH).manual_axis_type
+  results = {
+    name: jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+    for name, (shape, dtype) in out.items()
   }
   slopes = () if inputs.slopes_N is None else (inputs.slopes_N,)
   scalars = (*steps[:-1], inputs.limits, *slopes)
   # As if rows were one document each: the compiler wants to know before the segments are.
-  pairs = B * N * S * T // 2
-  by_head = (pltpu.PARALLEL, pltpu.ARBITRARY)  # heads are independent, steps follow each other
-  touched: list[Any] = [*arrays.values(), *out.values()]
+  pairs = B * K * G * S * T // 2
+  touched: list[Any] = [*arrays.values(), *results.values()]
   cost = pl.CostEstimate(
     flops=2 * pairs * (products[0] * H + products[1] * U),
     transcendentals=pairs,
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in touched),
   )
   return pl.pallas_call(
-    kernel,
+    functools.partial(kernel, static),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
-      grid=(N, steps.total) if by_queries else (K, steps.total, N // K),
+      grid=(K, steps.total),
       in_specs=[specs[name] for name in arrays],
       out_specs=[specs[name] for name in out],
-      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+      scratch_shapes=scratch,
     ),
-    out_shape=list(out.values()),
+    out_shape=list(results.values()),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=by_head if by_queries else (*by_head, pltpu.ARBITRARY),
-      vmem_limit_bytes=_VMEM,
+      dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY), vmem_limit_bytes=_VMEM
     ),
     cost_estimate=cost,
     interpret=static.interpret,
@@ -316,42 +333,33 @@ def _call(
   )(*scalars, *arrays.values())
 
 
-def _like(inputs: _Inputs, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """An output that varies over the mesh axes over which the inputs do."""
-  axes = jax.typeof(inputs.q_BNSH).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
-
-
 def _call_forward(static: Static, inputs: _Inputs) -> Any:
-  B, N, S, _ = inputs.q_BNSH.shape
-  U = inputs.v_BKTU.shape[3]
-  Q = static.blocks.queries
+  *lead, G, S, _ = inputs.q_BKGSH.shape
+  U, Q = inputs.v_BKTU.shape[3], static.blocks.queries
   out = {
-    "o": _like(inputs, (B, N, U, S), inputs.q_BNSH.dtype),
-    "lse": _like(inputs, (B, N, 1, S), jnp.float32),
+    "o": ((*lead, G, S, U), inputs.q_BKGSH.dtype),
+    "lse": ((*lead, G, S), jnp.float32),
   }
-  kernel = functools.partial(pallas_tpu_kernels.forward, static)
-  return _call(static, inputs, "queries", kernel, {}, out, [(U, Q), (1, Q), (1, Q)], (1, 1))
+  scratch = [pltpu.VMEM((G, Q, width), jnp.float32) for width in (U, LANES, LANES)]
+  scratch.append(pltpu.VMEM((Q, LANES), jnp.int32))
+  more = {"kv_segments": inputs.kv_segments_B1T}
+  return _call(static, inputs, pallas_tpu_kernels.forward, more, out, scratch, (1, 1))
 
 
-def _call_backward_queries(static: Static, inputs: _Inputs, *of_queries: jax.Array) -> jax.Array:
-  B, N, S, H = inputs.q_BNSH.shape
-  out = {"dq": _like(inputs, (B, N, H, S), inputs.q_BNSH.dtype)}
-  more = dict(zip(("do", "lse", "delta"), of_queries, strict=True))
-  kernel = functools.partial(pallas_tpu_kernels.backward_queries, static)
-  scratch = [(H, static.blocks.queries)]
-  (dq_BNHS,) = _call(static, inputs, "queries", kernel, more, out, scratch, (2, 1))
-  return dq_BNHS
-
-
-def _call_backward_keys(static: Static, inputs: _Inputs, *of_queries: jax.Array) -> Any:
-  group = inputs.q_BNSH.shape[1] // inputs.k_BKTH.shape[1]
+def _call_backward(static: Static, inputs: _Inputs, dq_dtype: Any, *of_queries: jax.Array) -> Any:
+  k_BKTH, v_BKTU = inputs.k_BKTH, inputs.v_BKTU
   out = {
-    "dk": _like(inputs, inputs.k_BKTH.shape, inputs.k_BKTH.dtype),
-    "dv": _like(inputs, inputs.v_BKTU.shape, inputs.v_BKTU.dtype),
+    "dq": (inputs.q_BKGSH.shape, dq_dtype),
+    "dk": (k_BKTH.shape, k_BKTH.dtype),
+    "dv": (v_BKTU.shape, v_BKTU.dtype),
   }
-  more = dict(zip(("do", "lse", "delta"), of_queries, strict=True))
-  kernel = functools.partial(pallas_tpu_kernels.backward_keys, static, group)
-  P = static.blocks.keys
-  scratch = [(P, x.shape[3]) for x in (inputs.k_BKTH, inputs.v_BKTU)]
-  return _call(static, inputs, "keys", kernel, more, out, scratch, (2, 2))
+  names = ("row_segments", "do", "lse", "delta")
+  more = dict(zip(names, (inputs.kv_segments_B1T, *of_queries), strict=True))
+  shapes = (
+    (inputs.q_BKGSH.shape[2], static.blocks.queries, k_BKTH.shape[3]),
+    k_BKTH.shape[2:],
+    v_BKTU.shape[2:],
+  )
+  scratch = [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+  scratch.append(pltpu.VMEM((k_BKTH.shape[2], LANES), jnp.int32))
+  return _call(static, inputs, pallas_tpu_kernels.backward, more, out, scratch, (3, 2))

@@ -1,7 +1,6 @@
 """Which blocks of keys hold something that a block of queries sees, and in what order to go there.
 
-I query blocks of Q positions, J key blocks of P positions, B rows; X own blocks and Y other ones:
-queries and keys, or the other way round; Z steps.
+I query blocks of Q positions, J key blocks of P positions, B rows; Z steps.
 """
 
 from typing import NamedTuple
@@ -10,18 +9,20 @@ import jax
 import jax.numpy as jnp
 
 # What a step is: bits of `Steps.kind_Z`.
-FIRST = 1  # the first step of its own block
-LAST = 2  # the last step of its own block
+FIRST = 1  # the first step of its block of queries
+LAST = 2  # the last step of its block of queries
 SEES = 4  # there is something to compute, not only an empty block to finish
+FIRST_OF_ROW = 8
+LAST_OF_ROW = 16
 
 
 class Steps(NamedTuple):
   """A walk over pairs of blocks, `total` steps long; what comes after them means nothing."""
 
-  own_row_Z: jax.Array
-  own_Z: jax.Array
-  other_row_Z: jax.Array
-  other_Z: jax.Array
+  row_Z: jax.Array
+  query_block_Z: jax.Array
+  key_row_Z: jax.Array
+  key_block_Z: jax.Array
   kind_Z: jax.Array
   total: jax.Array
 
@@ -55,33 +56,46 @@ def _extremes(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
   return nonzero.min(axis=-1), segments.max(axis=-1)
 
 
-def steps(visible_BXY: jax.Array) -> Steps:
-  """The visible pairs in the order of their own blocks, each own block's in one run.
+def steps(visible_BIJ: jax.Array) -> Steps:
+  """The visible pairs in the order of rows and their blocks of queries.
 
-  An own block that sees nothing gets one step, to write its zeros. That step names the other block
-  of the step before it, which is there already, so that nothing is fetched for it.
+  A block of queries that sees nothing gets one step, to write its zeros. That step names the block
+  of keys of the step before it, which is there already, so that nothing is fetched for it.
   """
-  X, Y = visible_BXY.shape[1:]
-  empty_BX1 = ~visible_BXY.any(axis=2, keepdims=True)
-  walked = (visible_BXY | (empty_BX1 & (jnp.arange(Y) == 0))).reshape(-1)
-  sees = visible_BXY.reshape(-1)
+  I, J = visible_BIJ.shape[1:]
+  empty_BI1 = ~visible_BIJ.any(axis=2, keepdims=True)
+  walked = (visible_BIJ | (empty_BI1 & (jnp.arange(J) == 0))).reshape(-1)
+  sees = visible_BIJ.reshape(-1)
   order_Z = jnp.argsort(~walked, stable=True).astype(jnp.int32)
   total = walked.sum(dtype=jnp.int32)
 
   index_Z = jnp.arange(order_Z.size, dtype=jnp.int32)
   sees_Z = sees[order_Z] & (index_Z < total)
-  owner_Z = order_Z // Y
-  changes_Z = owner_Z[1:] != owner_Z[:-1]
-  first_Z = jnp.concatenate([jnp.ones(1, bool), changes_Z])
-  last_Z = jnp.concatenate([changes_Z, jnp.ones(1, bool)]) | (index_Z == total - 1)
+  block_Z = order_Z // J
   # Of each step the nearest one before it that sees something; 0 where there is none.
   source_Z = order_Z[jax.lax.cummax(jnp.where(sees_Z, index_Z, 0))]
-  kind_Z = jnp.where(first_Z, FIRST, 0) | jnp.where(last_Z, LAST, 0) | jnp.where(sees_Z, SEES, 0)
+  first_Z, last_Z = _ends(block_Z, index_Z == total - 1)
+  first_of_row_Z, last_of_row_Z = _ends(block_Z // I, index_Z == total - 1)
+  kinds = (
+    (FIRST, first_Z),
+    (LAST, last_Z),
+    (SEES, sees_Z),
+    (FIRST_OF_ROW, first_of_row_Z),
+    (LAST_OF_ROW, last_of_row_Z),
+  )
+  kind_Z = sum(jnp.where(is_Z, bit, 0) for bit, is_Z in kinds)
   return Steps(
-    own_row_Z=owner_Z // X,
-    own_Z=owner_Z % X,
-    other_row_Z=source_Z // (X * Y),
-    other_Z=source_Z % Y,
-    kind_Z=kind_Z.astype(jnp.int32),
+    row_Z=block_Z // I,
+    query_block_Z=block_Z % I,
+    key_row_Z=source_Z // (I * J),
+    key_block_Z=source_Z % J,
+    kind_Z=jnp.asarray(kind_Z, jnp.int32),
     total=total,
   )
+
+
+def _ends(group_Z: jax.Array, final_Z: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Where a run of equal groups begins and ends; the final step ends its run."""
+  changes_Z = group_Z[1:] != group_Z[:-1]
+  yes = jnp.ones(1, bool)
+  return jnp.concatenate([yes, changes_Z]), jnp.concatenate([changes_Z, yes]) | final_Z
