@@ -15,9 +15,10 @@ from types import FrameType
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
-from slmjax import checkpoint, resolve, sharding
+from slmjax import checkpoint, probe, resolve, sharding
 from slmjax.config import Config, ConfigError, StageConfig, differences, identity, to_dict, to_json
 from slmjax.data import ledger, tokenizer_files
 from slmjax.data.loader import Loader, abstract_batch
@@ -103,6 +104,9 @@ class _Run:
       "tokenizer": tokenizer_meta(self.stores),
       "versions": checkpoint.versions(),
     }
+    if self.mesh.devices.flat[0].platform != "cpu":  # there all is XLA, as in the tests
+      for line in probe.probe(config):
+        logging.info("%s", line)
     self.first_step = self._start()
     if primary:
       write_atomically(folder / "config.json", to_json(config).encode())

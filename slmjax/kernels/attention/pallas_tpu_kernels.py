@@ -67,10 +67,8 @@ class Scalars(NamedTuple):
 
 def read_scalars(static: Static, refs: Any) -> tuple[Scalars, Any]:
   """The first refs by name, and those that follow them."""
-  named, rest = refs[:6], refs[6:]
-  if static.sloped:
-    return Scalars(*named, slopes_N=rest[0]), tuple(rest[1:])
-  return Scalars(*named, slopes_N=None), tuple(rest)
+  count = 6 + static.sloped
+  return Scalars(*(*refs[:count], None)[:7]), tuple(refs[count:])
 
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -154,21 +152,21 @@ def forward(static: Static, *refs: Any) -> None:
   kind = step.kind_Z[z]
 
   @pl.when(kind & visible.FIRST != 0)
-  def _() -> None:
+  def begin() -> None:
     acc_GQU[...] = jnp.zeros_like(acc_GQU)
     top_GQL[...] = jnp.full_like(top_GQL, HIDDEN)
     sum_GQL[...] = jnp.zeros_like(sum_GQL)
     q_segments_QL[...] = jnp.broadcast_to(_column(q_segments_1Q[...]), q_segments_QL.shape)
 
   @pl.when(kind & visible.SEES != 0)
-  def _() -> None:
+  def add() -> None:
     q_segments_QP = _widen(q_segments_QL[...], k_PH.shape[0])
     pair = _Pair(static, step, z, first_head, q_segments_QP, kv_segments_1P[...])
     for heads in _heads_at_once(G, Q, _FORWARD_ROWS):
       _forward_heads(pair, heads, q_GQH, k_PH, v_PU, acc_GQU, top_GQL, sum_GQL)
 
   @pl.when(kind & visible.LAST != 0)
-  def _() -> None:
+  def finish() -> None:
     for head in range(G):
       # Where nothing was visible the sum counts hidden pairs, or is empty.
       saw_Q1 = top_GQL[head, :, :1] > HIDDEN / 2
@@ -216,8 +214,8 @@ def backward(static: Static, *refs: Any) -> None:
   """The gradients of a block of queries are summed while the walk is at it, those of all keys and
   values of a row while it is in the row."""
   step, refs = read_scalars(static, refs)
-  q_GQH, k_PH, v_PU, q_segments_1Q, kv_segments_1T, do_GQU, lse_GQ, delta_GQ, *refs = refs
-  dq_GQH, dk_TH, dv_TU, dq_acc_GQH, dk_acc_TH, dv_acc_TU, kv_segments_TL = refs
+  q_GQH, k_PH, v_PU, q_segments_1Q, kv_segments_1T, do_GQU, lse_GQ, delta_GQ, *results = refs
+  dq_GQH, dk_TH, dv_TU, dq_acc_GQH, dk_acc_TH, dv_acc_TU, kv_segments_TL = results
   G, Q, _ = q_GQH.shape
   P = k_PH.shape[0]
   first_head, z = pl.program_id(0) * G, pl.program_id(1)
@@ -229,21 +227,21 @@ def backward(static: Static, *refs: Any) -> None:
     )
 
   @pl.when(kind & visible.FIRST_OF_ROW != 0)
-  def _() -> None:
-    def begin(at: Any) -> None:
+  def begin_row() -> None:
+    def clear(at: Any) -> None:
       dk_acc_TH[at] = jnp.zeros_like(dk_acc_TH[at])
       dv_acc_TU[at] = jnp.zeros_like(dv_acc_TU[at])
       kv_segments_P1 = _column(kv_segments_1T[:, at])
       kv_segments_TL[at] = jnp.broadcast_to(kv_segments_P1, kv_segments_TL[at].shape)
 
-    each_key_block(begin)
+    each_key_block(clear)
 
   @pl.when(kind & visible.FIRST != 0)
-  def _() -> None:
+  def begin() -> None:
     dq_acc_GQH[...] = jnp.zeros_like(dq_acc_GQH)
 
   @pl.when(kind & visible.SEES != 0)
-  def _() -> None:
+  def add() -> None:
     at = pl.ds(pl.multiple_of(step.key_block_Z[z] * P, P), P)
     kv_segments_PQ = _widen(kv_segments_TL[at], Q)
     pair = _Pair(static, step, z, first_head, q_segments_1Q[...], kv_segments_PQ)
@@ -263,11 +261,11 @@ def backward(static: Static, *refs: Any) -> None:
       dq_acc_GQH[some] += dq_RH.reshape(len(heads), Q, -1)
 
   @pl.when(kind & visible.LAST != 0)
-  def _() -> None:
+  def finish() -> None:
     dq_GQH[...] = (dq_acc_GQH[...] * static.scale).astype(dq_GQH.dtype)
 
   @pl.when(kind & visible.LAST_OF_ROW != 0)
-  def _() -> None:
+  def finish_row() -> None:
     def write(at: Any) -> None:
       dk_TH[at] = (dk_acc_TH[at] * static.scale).astype(dk_TH.dtype)
       dv_TU[at] = dv_acc_TU[at].astype(dv_TU.dtype)
