@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from absl import logging
 
 from slmjax.errors import UserError
-from slmjax.kernels.attention import chunked, pallas_tpu, reference
+from slmjax.kernels.attention import chunked, pallas_gpu, pallas_tpu, reference
 
-IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu", "pallas_gpu")
 
 # On CPU a block of scores of all heads should stay in the second-level cache; elsewhere a block
 # should be a few microseconds of matrix multiplication, to outweigh the loop around it.
@@ -78,7 +78,7 @@ def attention_and_logsumexp(
       share of the weights (gpt-oss, arXiv:2508.10925; as "attention off by one" with a score of
       0). Not scaled, not capped, visible to all queries. Differentiable.
     implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
-      TPUs, and by name only: nobody has run it on one yet.
+      TPUs and "pallas_gpu" for NVIDIA GPUs, and by name only: nobody has run them there yet.
 
   Returns:
     The weighted sums of values, [B, S, N, U], in the queries' dtype; and the logarithm of the sum
@@ -116,6 +116,13 @@ def attention_and_logsumexp(
       )
     blocks_of_width = pallas_tpu.blocks_for(max(q_BSNH.shape[3], v_BTKU.shape[3]))
     found = pallas_tpu.attention(*arrays, **scores, blocks=blocks_of_width)
+  elif implementation == "pallas_gpu":
+    if _platform() != "gpu":
+      raise UserError(
+        f"attention implementation 'pallas_gpu' runs on GPU, not on {_platform()}: use 'auto'"
+      )
+    tiles = pallas_gpu.tiles_for(_device_kind(), max(q_BSNH.shape[3], v_BTKU.shape[3]))
+    found = pallas_gpu.attention(*arrays, **scores, blocks=tiles)
   else:
     raise ValueError(
       f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
@@ -145,6 +152,12 @@ def _platform() -> str:
   """Of the devices of the mesh that was entered, which need not be those of this machine."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+def _device_kind() -> str:
+  """The name of those devices, as "NVIDIA H100 80GB HBM3"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _check(

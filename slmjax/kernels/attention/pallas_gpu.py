@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from slmjax.errors import UserError
 from slmjax.kernels import manual
-from slmjax.kernels.attention import pallas_gpu_kernels, visible
+from slmjax.kernels.attention import pallas_gpu_kernels, ranges, visible
 from slmjax.kernels.attention.online_softmax import delta
 from slmjax.kernels.attention.pallas_gpu_kernels import NARROWEST, Sizes, Static, Tile
 
@@ -38,6 +38,41 @@ class Tiles(NamedTuple):
   forward: Tile
   queries: Tile
   keys: Tile
+
+
+_CAPABILITIES = {
+  "A100": (8, 0),
+  "A800": (8, 0),
+  "H100": (9, 0),
+  "H200": (9, 0),
+  "H800": (9, 0),
+}
+
+# By capability and the widest head that they are for.
+_TILES = {
+  (8, 0): {
+    256: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+  },
+  (9, 0): {
+    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+  },
+}
+
+
+def tiles_for(device_kind: str, width: int) -> Tiles:
+  """Tiles for a GPU of that name, and for the wider one of keys and values.
+
+  Raises:
+    UserError: the kernels have not been compiled for such a GPU.
+  """
+  capability = next((x for name, x in _CAPABILITIES.items() if name in device_kind), None)
+  if capability is None:
+    raise UserError(
+      f"attention implementation 'pallas_gpu': has no tiles for {device_kind!r}, only for "
+      f"{', '.join(_CAPABILITIES)}; use 'chunked'"
+    )
+  tiles = _TILES[capability]
+  return tiles[min((x for x in tiles if x >= width), default=max(tiles))]
 
 
 class _Options(NamedTuple):
@@ -177,17 +212,15 @@ def _prepare(options: _Options, shared: _Shared, *batched: jax.Array) -> _Inputs
 
 
 def _ranges(inputs: _Inputs, tile: Tile, own: str) -> jax.Array:
-  """int32 [B, X, R]: per block of `own` the bounds of what it sees, see `visible.bounds`."""
+  """int32 [B, X, R]: per block of `own` the bounds of what it sees, see `ranges.bounds`."""
   B = inputs.q_segments_BS.shape[0]
   q_segments_BIQ = inputs.q_segments_BS.reshape(B, -1, tile.queries)
   kv_segments_BJP = inputs.kv_segments_BT.reshape(B, -1, tile.keys)
 
   def of_row(q_segments_IQ: jax.Array, kv_segments_JP: jax.Array) -> jax.Array:
     arguments = (q_segments_IQ, kv_segments_JP, inputs.shared.q_start, inputs.shared.window)
-    seen_IJ, whole_IJ = visible.visible_blocks(*arguments), visible.whole_blocks(*arguments)
-    if own == "keys":
-      return visible.bounds(seen_IJ.T, whole_IJ.T)
-    return visible.bounds(seen_IJ, whole_IJ)
+    found = (visible.visible_blocks(*arguments), ranges.whole_blocks(*arguments))
+    return ranges.bounds(*(x_IJ.T if own == "keys" else x_IJ for x_IJ in found))
 
   return jax.vmap(of_row)(q_segments_BIQ, kv_segments_BJP)
 
@@ -215,7 +248,7 @@ def _specs(static: Static, inputs: _Inputs, own: str) -> dict[str, pl.BlockSpec]
     q_segments = spec((None, Q), lambda head, row, i: (row, last - i))
     kv_segments = spec((None, T), lambda head, row, i: (row, 0))
     of_query = spec((None, None, Q), lambda head, row, i: (row, head, last - i))
-    ranges = spec((None, None, 4), lambda head, row, i: (row, last - i, 0))
+    of_block = spec((None, None, 4), lambda head, row, i: (row, last - i, 0))
     slopes = spec((1,), lambda head, row, i: (head,))
   else:
     query = {
@@ -228,10 +261,10 @@ def _specs(static: Static, inputs: _Inputs, own: str) -> dict[str, pl.BlockSpec]
     q_segments = spec((None, S), lambda head, row, j: (row, 0))
     kv_segments = spec((None, P), lambda head, row, j: (row, j))
     of_query = spec((None, G, S), lambda head, row, j: (row, head, 0))
-    ranges = spec((None, None, 4), lambda head, row, j: (row, j, 0))
+    of_block = spec((None, None, 4), lambda head, row, j: (row, j, 0))
     slopes = spec((G,), lambda head, row, j: (head,))
   return {
-    "ranges": ranges,
+    "ranges": of_block,
     "limits": spec((2,), lambda *_: (0,)),
     "slopes": slopes,
     **dict.fromkeys(("q", "dq"), query[H]),

@@ -7,11 +7,13 @@ a block of scores: queries and keys, or the other way round; 1 in a name is an a
 
 import functools
 import math
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -144,14 +146,19 @@ def _zeros(rows: int, width: int) -> list[jax.Array]:
   return [jnp.zeros((rows, slice_width), jnp.float32) for _, slice_width in parts(width)]
 
 
-def _exp2(static: Static, x: jax.Array) -> jax.Array:
-  """Of a number up to 0 or so; what is too small for a normal number is zero."""
+def _exp2(static: Static, x: jax.Array, times: float, minus: jax.Array) -> jax.Array:
+  """2 to the power of `x * times - minus`, with `minus` of the rank of `x`.
+
+  In two instructions, for which the compiler, left alone, takes three and for the exponential of
+  what may be below the normal numbers four more: here that is zero.
+  """
   if static.interpret:
-    return jnp.exp2(x)
+    return jnp.exp2(x * times - minus)
+  factor = struct.pack(">f", times).hex()
   (y,) = plgpu.elementwise_inline_asm(
-    "ex2.approx.ftz.f32 $0, $1;",
-    args=[x],
-    constraints="=f,f",
+    f"{{ .reg .f32 power; fma.rn.f32 power, $1, 0f{factor}, $2; ex2.approx.ftz.f32 $0, power; }}",
+    args=[x, jnp.broadcast_to(-minus, x.shape)],
+    constraints="=f,f,f",
     pack=1,
     result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
   )
@@ -183,7 +190,8 @@ def _scores(
   scores_XY, slope_XY = products_XY, None
   if static.softcap is not None:
     # The hyperbolic tangent by one exponential. Its error is absolute, as that of a score may be.
-    power_XY = _exp2(static, products_XY * (2.0 * static.scale * _LOG2E / static.softcap))
+    twice = 2.0 * static.scale * _LOG2E / static.softcap
+    power_XY = _exp2(static, products_XY, twice, jnp.zeros_like(products_XY))
     tanh_XY = 1.0 - 2.0 / (1.0 + power_XY)
     scores_XY = tanh_XY * (static.softcap * _LOG2E)
     slope_XY = 1.0 - tanh_XY * tanh_XY
@@ -208,19 +216,28 @@ def _over_blocks(
   Two loops: over blocks of which all is visible, and over those before and after them.
   """
   first, whole, whole_end, end = (ranges[i] for i in range(4))
-
-  def run(count: Any, block_of: Callable[[Any], Any], edge: bool, carry: Any) -> Any:
-    def body(at: Any, carry: Any) -> Any:
-      repeat = jax.lax.div(at, count)
-      within = at - repeat * count
-      return step(repeat, block_of(within), carry, edge)
-
-    return jax.lax.fori_loop(0, count * repeats, body, carry)
-
   before = whole - first
-  carry = run(whole_end - whole, lambda at: whole + at, False, carry)
-  outer = lambda at: jnp.where(at < before, first + at, whole_end + at - before)  # noqa: E731
-  return run(before + end - whole_end, outer, True, carry)
+
+  def run(edge: bool, count: Any, block_of: Callable[[Any], Any], carry: Any) -> Any:
+    if repeats == 1:
+      once = functools.partial(step, None)
+      return jax.lax.fori_loop(0, count, lambda at, x: once(block_of(at), x, edge), carry)
+
+    # One loop rather than one in another, so that loads are under way across its turns.
+    def body(_: Any, state: Any) -> Any:
+      repeat, at, carry = state
+      carry = step(repeat, block_of(at), carry, edge)
+      last = at + 1 == count
+      return jnp.where(last, repeat + 1, repeat), jnp.where(last, 0, at + 1), carry
+
+    zero = count - count
+    return jax.lax.fori_loop(0, count * repeats, body, (zero, zero, carry))[2]
+
+  def outer(at: Any) -> Any:
+    return jnp.where(at < before, first + at, whole_end + at - before)
+
+  carry = run(False, whole_end - whole, lambda at: whole + at, carry)
+  return run(True, before + end - whole_end, outer, carry)
 
 
 def _query_block() -> jax.Array:
@@ -247,15 +264,16 @@ def attention_forward(static: Static, *refs: Any) -> None:
     keys = _Positions(block * P, jnp.arange(P)[None, :], kv_segments_T[here][None, :])
     scores_QP, _ = _scores(static, _products(q_H, k_H), scalars, slope, queries, keys, edge)
     new_top_Q = jnp.maximum(top_Q, scores_QP.max(axis=1))
-    weights_QP = _exp2(static, scores_QP * unit - (new_top_Q * unit)[:, None])
-    shrink_Q = _exp2(static, (top_Q - new_top_Q) * unit)
+    # Hidden scores are no exponent to subtract from themselves: their rounding errors are large.
+    power_Q = unit * (jnp.where(new_top_Q > HIDDEN / 2, new_top_Q, 0.0) if edge else new_top_Q)
+    weights_QP = _exp2(static, scores_QP, unit, power_Q[:, None])
+    shrink_Q = _exp2(static, top_Q, unit, power_Q)
     acc_U = [acc_QU * shrink_Q[:, None] for acc_QU in acc_U]
     acc_U = _add_products(acc_U, weights_QP, _load(v_TU, (here,), U, there))
     return new_top_Q, sum_Q * shrink_Q + weights_QP.sum(axis=1), acc_U
 
   start = (jnp.full(Q, HIDDEN), jnp.zeros(Q), _zeros(Q, U))
   top_Q, sum_Q, acc_U = _over_blocks(scalars.ranges, 1, step, start)
-  # Where nothing was visible the sum counts hidden pairs, or is empty.
   saw_Q = top_Q > HIDDEN / 2
   safe_sum_Q = jnp.where(saw_Q, sum_Q, 1.0)
   share_Q1 = jnp.where(saw_Q, 1.0 / safe_sum_Q, 0.0)[:, None]
@@ -273,7 +291,7 @@ def _weights(
   """The weights again, and the gradient of the products of queries and keys before scaling. lse
   (in units of exponents of 2) and delta have an axis of size 1."""
   scores_XY, slope_XY = scores
-  weights_XY = _exp2(static, scores_XY * static.unit - lse_XY)
+  weights_XY = _exp2(static, scores_XY, static.unit, lse_XY)
   dscores_XY = weights_XY * (dweights_XY - delta_XY)
   return weights_XY, dscores_XY if slope_XY is None else dscores_XY * slope_XY
 
@@ -320,6 +338,7 @@ def attention_backward_keys(static: Static, *refs: Any) -> None:
     dk_H, dv_U = carry
     here = pl.ds(block * Q, Q)
     there = _rows(block * Q, Q, S) if edge else None
+    head = np.int32(0) if head is None else head
     slope = scalars.slopes[head] if static.sloped else None
     q_H = _load(q_SGH, (here, head), H, there)
     queries = _Positions(block * Q, jnp.arange(Q)[None, :], q_segments_S[here][None, :])

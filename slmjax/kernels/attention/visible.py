@@ -49,42 +49,6 @@ def visible_blocks(
   return reach_IJ & (q_low_I[:, None] <= kv_high_J) & (kv_low_J <= q_high_I[:, None])
 
 
-def whole_blocks(
-  q_segments_IQ: jax.Array,
-  kv_segments_JP: jax.Array,
-  q_start: jax.Array,
-  window: jax.Array | None,
-) -> jax.Array:
-  """bool[I, J]: whether every query of the block sees every key of the other. Exact."""
-  (I, Q), (J, P) = q_segments_IQ.shape, kv_segments_JP.shape
-  first_position_I = q_start + jnp.arange(I) * Q
-  whole_IJ = (jnp.arange(J) + 1) * P - 1 <= first_position_I[:, None]
-  if window is not None:
-    whole_IJ &= jnp.arange(J) * P > (first_position_I + Q - 1 - window)[:, None]
-  one_I = q_segments_IQ.min(axis=1) == q_segments_IQ.max(axis=1)
-  one_J = kv_segments_JP.min(axis=1) == kv_segments_JP.max(axis=1)
-  ids_I, ids_J = q_segments_IQ[:, :1], kv_segments_JP[:, 0]
-  return whole_IJ & one_I[:, None] & one_J & (ids_I == ids_J) & (ids_I > 0)
-
-
-def bounds(visible_XY: jax.Array, whole_XY: jax.Array) -> jax.Array:
-  """int32[X, 4]: of the blocks that each own block sees the first, the first that is wholly visible,
-  the one after the run of those that begins there, and the one after the last that it sees.
-
-  Without a wholly visible one the second and third equal the fourth. What lies between the first
-  and the fourth and is not seen, as can be where ids do not ascend, counts as not whole.
-  """
-  Y = visible_XY.shape[1]
-  index_Y = jnp.arange(Y)
-  first_X = jnp.where(visible_XY, index_Y, Y).min(axis=1)
-  end_X = jnp.where(visible_XY, index_Y + 1, 0).max(axis=1)
-  first_X = jnp.minimum(first_X, end_X)
-  whole_X = jnp.minimum(jnp.where(whole_XY, index_Y, Y).min(axis=1), end_X)
-  breaks_XY = ~whole_XY & (index_Y >= whole_X[:, None])
-  whole_end_X = jnp.minimum(jnp.where(breaks_XY, index_Y, Y).min(axis=1), end_X)
-  return jnp.stack([first_X, whole_X, whole_end_X, end_X], axis=1).astype(jnp.int32)
-
-
 def _extremes(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Smallest and largest nonzero id along the last axis; nothing overlaps a block of zeros."""
   nonzero = jnp.where(segments > 0, segments, jnp.iinfo(segments.dtype).max)

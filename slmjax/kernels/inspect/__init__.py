@@ -1,0 +1,1 @@
+"""What compilers made of kernels, read on a machine without the chip."""
