@@ -51,10 +51,18 @@ _CAPABILITIES = {
 # By capability and the widest head that they are for.
 _TILES = {
   (8, 0): {
-    256: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    96: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    192: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 8, 2)),
+    576: Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
   },
   (9, 0): {
-    256: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+    96: Tiles(Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    192: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    256: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+    576: Tiles(Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
   },
 }
 

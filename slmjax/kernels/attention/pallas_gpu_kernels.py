@@ -59,9 +59,16 @@ class Static(NamedTuple):
 
   @property
   def unit(self) -> float:
-    """What scores are multiplied by to be exponents of 2. Where they need more than that they are
-    exponents of 2 already."""
-    return 1.0 if self.softcap is not None or self.sloped else self.scale * _LOG2E
+    """What the kernels' scores are multiplied by to be exponents of 2. They are products of queries
+    and keys, the logistic function that gives the soft-cap, or exponents with slopes already."""
+    if self.softcap is not None:
+      return 2.0 * self.softcap * _LOG2E
+    return 1.0 if self.sloped else self.scale * _LOG2E
+
+  @property
+  def shift(self) -> float:
+    """By how much scores times `unit`, as exponents of e, are above the scores they stand for."""
+    return 0.0 if self.softcap is None else self.softcap
 
 
 class Scalars(NamedTuple):
@@ -154,11 +161,32 @@ def _exp2(static: Static, x: jax.Array, times: float, minus: jax.Array) -> jax.A
   """
   if static.interpret:
     return jnp.exp2(x * times - minus)
-  factor = struct.pack(">f", times).hex()
+  power = f"fma.rn.f32 power, $1, {_constant(times)}, $2;"
+  return _instructions(f"{power} ex2.approx.ftz.f32 $0, power;", x, -minus)
+
+
+def _logistic(static: Static, x: jax.Array, times: float) -> jax.Array:
+  """1 / (1 + 2 to the power of `x * times`), with the approximations of the special units."""
+  if static.interpret:
+    return 1.0 / (1.0 + jnp.exp2(x * times))
+  return _instructions(
+    f"mul.f32 power, $1, {_constant(times)}; ex2.approx.ftz.f32 power, power; "
+    "add.f32 power, power, 0f3f800000; rcp.approx.ftz.f32 $0, power;",
+    x,
+  )
+
+
+def _constant(x: float) -> str:
+  """A float32 in PTX."""
+  return "0f" + struct.pack(">f", x).hex()
+
+
+def _instructions(code: str, x: jax.Array, *more: jax.Array) -> jax.Array:
+  """PTX for each element: $0 is the result, $1 and so on the arguments, `power` a register."""
   (y,) = plgpu.elementwise_inline_asm(
-    f"{{ .reg .f32 power; fma.rn.f32 power, $1, 0f{factor}, $2; ex2.approx.ftz.f32 $0, power; }}",
-    args=[x, jnp.broadcast_to(-minus, x.shape)],
-    constraints="=f,f,f",
+    f"{{ .reg .f32 power; {code} }}",
+    args=[x, *(jnp.broadcast_to(y, x.shape) for y in more)],
+    constraints=",".join(["=f", "f", *("f" for _ in more)]),
     pack=1,
     result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
   )
@@ -183,18 +211,15 @@ def _scores(
   keys: _Positions,
   edge: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Scores that times `unit` are exponents of 2, and the derivative of the soft-cap.
+  """Scores in the sense of `Static.unit`, and the derivative of the soft-cap.
 
   `edge`: with pairs hidden that do not see each other; otherwise all of the block do.
   """
   scores_XY, slope_XY = products_XY, None
   if static.softcap is not None:
-    # The hyperbolic tangent by one exponential. Its error is absolute, as that of a score may be.
-    twice = 2.0 * static.scale * _LOG2E / static.softcap
-    power_XY = _exp2(static, products_XY, twice, jnp.zeros_like(products_XY))
-    tanh_XY = 1.0 - 2.0 / (1.0 + power_XY)
-    scores_XY = tanh_XY * (static.softcap * _LOG2E)
-    slope_XY = 1.0 - tanh_XY * tanh_XY
+    # tanh(x) = 2 / (1 + exp(-2x)) - 1. The error is absolute, as that of a score may be.
+    scores_XY = _logistic(static, products_XY, -2.0 * static.scale * _LOG2E / static.softcap)
+    slope_XY = 4.0 * scores_XY * (1.0 - scores_XY)
   ahead = scalars.limits[0] + queries.first - keys.first
   if static.sloped:
     past_XY = ahead.astype(jnp.float32) + queries.index.astype(jnp.float32)
@@ -278,7 +303,7 @@ def attention_forward(static: Static, *refs: Any) -> None:
   safe_sum_Q = jnp.where(saw_Q, sum_Q, 1.0)
   share_Q1 = jnp.where(saw_Q, 1.0 / safe_sum_Q, 0.0)[:, None]
   _store(o_QU, [acc_QU * share_Q1 for acc_QU in acc_U], U, rows)
-  lse_Q[...] = jnp.where(saw_Q, top_Q * (unit * _LN2) + jnp.log(safe_sum_Q), -jnp.inf)
+  lse_Q[...] = jnp.where(saw_Q, top_Q * (unit * _LN2) - static.shift + jnp.log(safe_sum_Q), -jnp.inf)
 
 
 def _weights(
@@ -289,9 +314,9 @@ def _weights(
   delta_XY: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """The weights again, and the gradient of the products of queries and keys before scaling. lse
-  (in units of exponents of 2) and delta have an axis of size 1."""
+  and delta have an axis of size 1."""
   scores_XY, slope_XY = scores
-  weights_XY = _exp2(static, scores_XY, static.unit, lse_XY)
+  weights_XY = _exp2(static, scores_XY, static.unit, (lse_XY + static.shift) * _LOG2E)
   dscores_XY = weights_XY * (dweights_XY - delta_XY)
   return weights_XY, dscores_XY if slope_XY is None else dscores_XY * slope_XY
 
@@ -307,7 +332,7 @@ def attention_backward_queries(static: Static, *refs: Any) -> None:
   queries = _Positions(first, jnp.arange(Q)[:, None], q_segments_Q[...][:, None])
   q_H = _load(q_QH, (slice(None),), H, rows)
   do_U = _load(do_QU, (slice(None),), U, rows)
-  lse_Q1, delta_Q1 = (lse_Q[...] * _LOG2E)[:, None], delta_Q[...][:, None]
+  lse_Q1, delta_Q1 = lse_Q[...][:, None], delta_Q[...][:, None]
 
   def step(_: Any, block: Any, acc_H: Any, edge: bool) -> Any:
     here = pl.ds(block * P, P)
@@ -344,7 +369,7 @@ def attention_backward_keys(static: Static, *refs: Any) -> None:
     queries = _Positions(block * Q, jnp.arange(Q)[None, :], q_segments_S[here][None, :])
     scores = _scores(static, _products(k_H, q_H), scalars, slope, queries, keys, edge)
     do_U = _load(do_SGU, (here, head), U, there)
-    lse_1Q, delta_1Q = (lse_GS[head, here] * _LOG2E)[None, :], delta_GS[head, here][None, :]
+    lse_1Q, delta_1Q = lse_GS[head, here][None, :], delta_GS[head, here][None, :]
     dweights_PQ = _products(v_U, do_U)
     weights_PQ, dscores_PQ = _weights(static, scores, lse_1Q, dweights_PQ, delta_1Q)
     return _add_products(dk_H, dscores_PQ, q_H), _add_products(dv_U, weights_PQ, do_U)
