@@ -29,7 +29,7 @@ class ComputeConfig:
   param_dtype: Literal["float32", "bfloat16"]
   compute_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "dots", "block"]
-  attention: Literal["auto", "reference", "chunked", "pallas_tpu"]
+  attention: Literal["auto", "reference", "chunked", "pallas_tpu", "pallas_gpu"]
   cross_entropy: Literal["auto", "reference", "chunked"]
 
 

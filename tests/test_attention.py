@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from slmjax import sharding
-from slmjax.kernels.attention import api, chunked, pallas_tpu
+from slmjax.kernels.attention import api, chunked, pallas_gpu, pallas_tpu
+from slmjax.kernels.attention.pallas_gpu_kernels import Tile
 from tests import reference_attention
 from tests.attention_cases import (
   CASES,
@@ -45,18 +46,37 @@ def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
 
 
+# Blocks of three shapes, all shorter than most rows: there are edges, and blocks without a mask.
+SMALL_TILES = pallas_gpu.Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 64, 4, 2))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+  """As if the devices were GPUs: kernels run in interpret mode, in small blocks."""
+  monkeypatch.setattr(api, "_platform", lambda: "gpu")
+  monkeypatch.setattr(pallas_gpu, "tiles_for", lambda *_: SMALL_TILES)
+  interpreted = functools.partial(pallas_gpu.attention, interpret=True)
+  monkeypatch.setattr(pallas_gpu, "attention", interpreted)
+  monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+
+
 @pytest.mark.parametrize(
   "implementation",
   # In interpret mode every call is compiled as three loops over copies of all blocks.
-  ["reference", "chunked", pytest.param("pallas_tpu", marks=pytest.mark.medium)],
+  [
+    "reference",
+    "chunked",
+    pytest.param("pallas_tpu", marks=pytest.mark.medium),
+    pytest.param("pallas_gpu", marks=pytest.mark.medium),
+  ],
 )
 class TestConformance:
   """What an implementation must do to be listed in the api."""
 
   @pytest.fixture(autouse=True)
   def platform(self, implementation: str, request: pytest.FixtureRequest) -> None:
-    if implementation == "pallas_tpu":
-      request.getfixturevalue("on_tpu")
+    if implementation.startswith("pallas"):
+      request.getfixturevalue(implementation.replace("pallas", "on"))
 
   def attend(self, implementation: str, scale: float, **static: Any) -> Any:
     return functools.partial(api.attention, scale=scale, implementation=implementation, **static)
@@ -330,8 +350,8 @@ def test_memory_of_chunked_is_linear_in_the_length() -> None:
 
 def test_a_name_that_is_not_built_raises_with_the_list() -> None:
   q, k, v, qs, ks, _ = draw(Case(S=4))
-  with pytest.raises(ValueError, match=r"'pallas_gpu' does not exist: .* reference, chunked"):
-    api.attention(q, k, v, qs, ks, 0, scale=1.0, implementation="pallas_gpu")
+  with pytest.raises(ValueError, match=r"'pallas_npu' does not exist: .* reference, chunked"):
+    api.attention(q, k, v, qs, ks, 0, scale=1.0, implementation="pallas_npu")
 
 
 def test_what_is_off_leaves_no_trace() -> None:
@@ -377,7 +397,7 @@ def test_shapes_and_dtypes_that_do_not_fit_raise() -> None:
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
-  api._choose.cache_clear()
+  api._say.cache_clear()
   with caplog.at_level(logging.INFO, logger="absl"):
     for S in (200, 200, 1):
       q, k, v, qs, ks, _ = draw(Case(S=S, T=200))

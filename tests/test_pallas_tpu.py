@@ -6,7 +6,9 @@ skip without the compilers of requirements-compile.txt.
 
 import functools
 import itertools
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from slmjax import sharding, topology
 from slmjax.errors import UserError
-from slmjax.kernels.attention import api, pallas_tpu, visible
+from slmjax.kernels import tune
+from slmjax.kernels.attention import api, pallas_tpu, tiles, visible
+from slmjax.kernels.attention.pallas_tpu import Blocks
+from slmjax.kernels.shapes import ATTENTION
 from tests import reference_attention
 from tests.attention_cases import (
   TOLERANCE,
@@ -115,20 +120,61 @@ def test_by_name_it_runs_on_tpu_or_raises(monkeypatch: pytest.MonkeyPatch) -> No
   traced("pallas_tpu", *shapes(1, 128))
   with pytest.raises(UserError, match="'pallas_tpu': float16 is not built"):
     traced("pallas_tpu", *shapes(1, 128, "float16"))
-  with pytest.raises(UserError, match="82944 pairs of blocks, over 40000; use 'chunked'"):
+  with pytest.raises(UserError, match="41472 pairs of blocks, over 40000; use 'chunked'"):
     traced("pallas_tpu", *shapes(2, 72 * 1024))
 
 
-def test_auto_leaves_it_until_it_has_run_on_a_tpu(
-  monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("platform", "kind"), [("tpu", "TPU v5 lite"), ("gpu", "NVIDIA H100")])
+def test_auto_takes_our_kernels_for_training_and_says_why_not_elsewhere(
+  platform: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-  api._choose.cache_clear()
-  monkeypatch.setattr(api, "_platform", lambda: "tpu")
+  api._say.cache_clear()
+  monkeypatch.setattr(api, "_platform", lambda: platform)
+  monkeypatch.setattr(api, "_device_kind", lambda: kind)
+  q, kv, _, ids, _ = shapes(2, 256)
+  half = [jax.ShapeDtypeStruct(x.shape, "float16") for x in (q, kv, kv)]
+  longer = [jax.ShapeDtypeStruct((2, 512, *x.shape[2:]), x.dtype) for x in (kv, kv, ids)]
   with caplog.at_level(logging.INFO, logger="absl"):
-    for arrays in (shapes(2, 64), shapes(2, 63)):
-      traced("auto", *arrays)
-  lines = [r.getMessage() for r in caplog.records if r.name == "absl"]
-  assert [line.split()[1] for line in lines] == ["chunked", "reference"]
+    traced("auto", *shapes(2, 256))
+    traced("auto", *shapes(2, 63))
+    traced("auto", *half, ids, ids)
+    traced("auto", q, longer[0], longer[1], ids, longer[2])
+  chosen = [r.getMessage() for r in caplog.records if " for q " in r.getMessage()]
+  names = [line.split()[1] for line in chosen]
+  assert names == [f"pallas_{platform}", "reference", "chunked", "chunked"]
+  assert "float16 is not built" in chosen[2]
+  assert "queries of a cache" in chosen[3]
+
+
+def test_blocks_come_from_the_table_or_by_rule() -> None:
+  tuned = tiles.table()["v5e"][tiles.key(4, 128, 128)]
+  assert tiles.blocks_for("TPU v5 lite", 4, 128, 128) == (
+    pallas_tpu.Blocks(*tuned),
+    "tuned for v5e",
+  )
+  for group, queries in ((1, 512), (3, 256), (4, 256), (8, 128), (32, 128)):
+    assert tiles.blocks_for("TPU v9", group, 128, 128) == (Blocks(queries, 512), "by rule")
+  assert tiles.blocks_for("TPU v5 lite", 1, 576, 512) == (Blocks(512, 256), "by rule")
+
+
+def test_the_table_covers_every_known_shape_of_every_chip() -> None:
+  assert tiles.table().keys() == set(tiles.CHIPS.values()) == tune.TARGETS.keys()
+  shapes = {tiles.key(s.heads // s.kv_heads, s.width, s.value_width) for s in ATTENTION.values()}
+  for chip, found in tiles.table().items():
+    assert found.keys() == shapes, f"run python -m slmjax.kernels.tune --chip={chip}"
+
+
+def test_a_chip_is_written_into_the_table_beside_the_others(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+  tiles.write("v5e", {"4x128x128": [128, 512]})
+  tiles.write("v6e", {"1x64x64": [512, 512]})
+  tiles.write("v5e", {"8x64x64": [256, 512]})
+  assert json.loads((tmp_path / "tiles.json").read_text()) == {
+    "v5e": {"8x64x64": [256, 512]},
+    "v6e": {"1x64x64": [512, 512]},
+  }
 
 
 @pytest.mark.slow

@@ -12,9 +12,14 @@ import jax.numpy as jnp
 from absl import logging
 
 from slmjax.errors import UserError
-from slmjax.kernels.attention import chunked, pallas_tpu, reference
+from slmjax.kernels.attention import chunked, pallas_gpu, pallas_tpu, reference, tiles
+from slmjax.kernels.platform import device_kind as _device_kind
+from slmjax.kernels.platform import platform as _platform
 
-IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
+# Our kernels, and the platforms that they are for.
+_PALLAS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+IMPLEMENTATIONS = ("reference", "chunked", *_PALLAS)
 
 # On CPU a block of scores of all heads should stay in the second-level cache; elsewhere a block
 # should be a few microseconds of matrix multiplication, to outweigh the loop around it.
@@ -78,7 +83,7 @@ def attention_and_logsumexp(
       share of the weights (gpt-oss, arXiv:2508.10925; as "attention off by one" with a score of
       0). Not scaled, not capped, visible to all queries. Differentiable.
     implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
-      TPUs, and by name only: nobody has run it on one yet.
+      TPUs and "pallas_gpu" for NVIDIA GPUs from compute capability 8.0.
 
   Returns:
     The weighted sums of values, [B, S, N, U], in the queries' dtype; and the logarithm of the sum
@@ -94,7 +99,7 @@ def attention_and_logsumexp(
   _check(q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT)
   _check_scores(q_BSNH.shape[2], window, softcap, slopes_N, sinks_N)
   if implementation == "auto":
-    implementation = _choose(q_BSNH.shape, k_BTKH.shape)
+    implementation = _choose(q_BSNH, k_BTKH, v_BTKU, scale)
   arrays = (q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT, q_start)
   if isinstance(window, int) and (window == 0 or window >= k_BTKH.shape[1]):
     window = None  # it hides nothing
@@ -104,23 +109,42 @@ def attention_and_logsumexp(
   if slopes_N is not None:
     slopes_N = jax.lax.stop_gradient(slopes_N)
   scores: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap, slopes_N=slopes_N)
-  if implementation == "reference":
-    found = reference.attention(*arrays, **scores)
-  elif implementation == "chunked":
-    blocks = _CPU_BLOCKS if _platform() == "cpu" else _BLOCKS
-    found = chunked.attention(*arrays, **scores, blocks=blocks)
-  elif implementation == "pallas_tpu":
-    if _platform() != "tpu":
-      raise UserError(
-        f"attention implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
-      )
-    found = pallas_tpu.attention(*arrays, **scores, blocks=pallas_tpu.Blocks(256, 512))
-  else:
-    raise ValueError(
-      f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
-      f"{', '.join(IMPLEMENTATIONS)}"
-    )
+  found = _run(implementation, arrays, scores)
   return found if sinks_N is None else _sink(*found, sinks_N)
+
+
+def _run(implementation: str, arrays: Any, scores: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+  if implementation == "reference":
+    return reference.attention(*arrays, **scores)
+  if implementation == "chunked":
+    blocks = _CPU_BLOCKS if _platform() == "cpu" else _BLOCKS
+    return chunked.attention(*arrays, **scores, blocks=blocks)
+  q_BSNH, k_BTKH, v_BTKU = arrays[:3]
+  if implementation in _PALLAS:
+    if _platform() != _PALLAS[implementation]:
+      raise UserError(
+        f"attention implementation {implementation!r} runs on {_PALLAS[implementation].upper()}, "
+        f"not on {_platform()}: use 'auto'"
+      )
+    if implementation == "pallas_tpu":
+      blocks_of_tpu, where = _tpu_tiles(q_BSNH, k_BTKH, v_BTKU)
+      _say(
+        f"attention: pallas_tpu in blocks of {blocks_of_tpu.queries} by {blocks_of_tpu.keys}, {where}"
+      )
+      return pallas_tpu.attention(*arrays, **scores, blocks=blocks_of_tpu)
+    blocks_of_gpu = pallas_gpu.tiles_for(_device_kind(), max(q_BSNH.shape[3], v_BTKU.shape[3]))
+    return pallas_gpu.attention(*arrays, **scores, blocks=blocks_of_gpu)
+  raise ValueError(
+    f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
+    f"{', '.join(IMPLEMENTATIONS)}"
+  )
+
+
+def _tpu_tiles(
+  q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array
+) -> tuple[pallas_tpu.Blocks, str]:
+  group = q_BSNH.shape[2] // k_BTKH.shape[2]
+  return tiles.blocks_for(_device_kind(), group, q_BSNH.shape[3], v_BTKU.shape[3])
 
 
 def _sink(o_BSNU: jax.Array, lse_BSN: jax.Array, sinks_N: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,20 +154,37 @@ def _sink(o_BSNU: jax.Array, lse_BSN: jax.Array, sinks_N: jax.Array) -> tuple[ja
   return (o_BSNU * share_BSN1).astype(o_BSNU.dtype), whole_BSN
 
 
-@functools.cache  # So that each choice is logged once, not once per layer and trace.
-def _choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
-  if q_shape[1] < _SHORT:
+def _choose(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, scale: float) -> str:
+  name, why = "chunked", "memory linear in the length; blocks that no query sees are skipped"
+  if q_BSNH.shape[1] < _SHORT:
     name, why = "reference", f"fewer than {_SHORT} queries per row"
+  elif q_BSNH.shape[1] != k_BTKH.shape[1]:
+    why = f"{why}; queries of a cache, which no start-up probe has tried"
   else:
-    name, why = "chunked", "memory linear in the length; blocks that no query sees are skipped"
-  logging.info("attention: %s for q %s, k %s (%s)", name, q_shape, k_shape, why)
+    for kernel, its_platform in _PALLAS.items():
+      if its_platform == _platform():
+        refusal = _refusal(kernel, q_BSNH, k_BTKH, v_BTKU, scale)
+        if refusal is None:
+          name, why = kernel, "our kernel for this platform"
+        else:
+          why = f"{why}; {kernel}: {refusal}"
+  _say(f"attention: {name} for q {q_BSNH.shape}, k {k_BTKH.shape} ({why})")
   return name
 
 
-def _platform() -> str:
-  """Of the devices of the mesh that was entered, which need not be those of this machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+def _refusal(
+  kernel: str, q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, scale: float
+) -> str | None:
+  """What a kernel cannot do with such arrays on such devices, or None."""
+  if kernel == "pallas_tpu":
+    arrays = (q_BSNH, k_BTKH, v_BTKU)
+    return pallas_tpu.refusal(*arrays, _tpu_tiles(*arrays)[0])
+  return pallas_gpu.unknown_device(_device_kind()) or pallas_gpu.refusal(q_BSNH, scale)
+
+
+@functools.cache  # So that each choice is logged once, not once per layer and trace.
+def _say(line: str) -> None:
+  logging.info("%s", line)
 
 
 def _check(

@@ -1,0 +1,15 @@
+"""What the arrays are on: for the ops' choice of an implementation."""
+
+import jax
+
+
+def platform() -> str:
+  """Of the devices of the mesh that was entered, which need not be those of this machine."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """The name of those devices, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind
