@@ -65,7 +65,7 @@ def cross_entropy(
   if implementation == "chunked":
     return chunked.cross_entropy(
       x_BSD, w_VD, targets_BS, specs=specs, softcap=softcap, slice_elements=slice_elements
-    )
+    )[:2]
   raise ValueError(
     f"cross entropy implementation {implementation!r} does not exist: use 'auto' or one of "
     f"{', '.join(IMPLEMENTATIONS)}"
