@@ -12,6 +12,7 @@ from absl import logging
 
 from slmjax.errors import UserError
 from slmjax.kernels.attention import chunked, pallas_tpu, reference
+from slmjax.kernels.platform import platform as _platform
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 
@@ -118,12 +119,6 @@ def _choose(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
     name, why = "chunked", "memory linear in the length; blocks that no query sees are skipped"
   logging.info("attention: %s for q %s, k %s (%s)", name, q_shape, k_shape, why)
   return name
-
-
-def _platform() -> str:
-  """Of the devices of the mesh that was entered, which need not be those of this machine."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def _check(

@@ -92,8 +92,9 @@ class Slices:
   total: int
 
   @classmethod
-  def fit(cls, total: int, tokens: int, elements: int) -> "Slices":
-    widest = max(elements // tokens // _LANES, 1) * _LANES
+  def fit(cls, total: int, per_column: int, elements: int) -> "Slices":
+    """Slices of at most so many elements, so many to each column; but of 128 columns at least."""
+    widest = max(elements // per_column // _LANES, 1) * _LANES
     unit = _BLOCK if widest >= _BLOCK else _LANES
     count = math.ceil(total / (widest // unit * unit))
     width = min(math.ceil(total / count / unit) * unit, total)
@@ -171,7 +172,7 @@ def _local_forward(
 ) -> tuple[jax.Array, jax.Array]:
   specs = static.specs
   x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-  slices = Slices.fit(w_VD.shape[0], x_RD.shape[0], static.slice_elements)
+  slices = Slices.fit(w_VD.shape[0], max(x_RD.shape), static.slice_elements)  # logits and table
   columns_R = _columns(specs, targets_BS, w_VD)
 
   def fold(totals: Totals, i: jax.Array) -> tuple[Totals, None]:
@@ -202,7 +203,7 @@ def _local_backward(
 ) -> tuple[jax.Array, jax.Array]:
   specs = static.specs
   x_RD = x_BSD.reshape(-1, x_BSD.shape[-1])
-  slices = Slices.fit(w_VD.shape[0], x_RD.shape[0], static.slice_elements)
+  slices = Slices.fit(w_VD.shape[0], max(x_RD.shape), static.slice_elements)  # logits and table
   columns_R = _columns(specs, targets_BS, w_VD)
   # Each output's derivative by the logits has the softmax; that of nll also minus the target's 1.
   cotangents = Cotangents(
@@ -250,9 +251,9 @@ def _slice(
 ) -> Slice:
   """Slice i, of the table at its full width. Cast first, so that fsdp moves the narrow type."""
   w_CD = jax.lax.dynamic_slice_in_dim(w_VD, slices.start(i), slices.width, axis=0)
-  # A cast alone is moved out of the loop on TPU, where the whole table in x's dtype then lies about;
-  # a rounding is not. The barrier makes the slice an array of its own: else each block of the
-  # product casts it anew.
+  # XLA for TPU moves a cast out of the loop, and holds the whole table in x's dtype; a rounding it
+  # does not. The barrier makes the slice an array of its own: else each block of the product casts
+  # it anew.
   info = jnp.finfo(x_RD.dtype)
   w_CD = jax.lax.reduce_precision(w_CD, info.nexp, info.nmant).astype(x_RD.dtype)
   w_CD = jax.lax.optimization_barrier(w_CD)
