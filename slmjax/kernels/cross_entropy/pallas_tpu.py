@@ -14,7 +14,7 @@ step of a kernel computes a block of P columns by Q tokens; 1 in a name is an ax
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,24 @@ from slmjax.kernels.cross_entropy import sliced
 from slmjax.kernels.cross_entropy.sliced import Cotangents, Slice, Totals
 from slmjax.sharding import Specs
 
-# The lanes of a vector register.
+# The lanes of a vector register; and a block to which padding is worth while, if otherwise they
+# were smaller than half of it.
 _LANES = 128
+_GOOD = 512
 
 # The compiler's own limit for the memory of one kernel is 16 MiB; every chip since v5e has 64 MiB
-# and more.
+# and more. Of that, what blocks of tokens and of columns take at most at full width, with what is
+# fetched ahead; the rest is for blocks of logits.
 _VMEM = 48 * 2**20
+_TOKENS_BYTES = 26 * 2**20
+_COLUMNS_BYTES = 8 * 2**20
 
-# A block has at most so many columns, and so many tokens, and at full width so many bytes of the
-# widest array of tokens: many products per byte of the table, which each block of tokens reads.
-_COLUMNS = 640
-_TOKENS = 1024
-_BYTES = 4 * 2**20
+# No larger blocks than these: blocks of logits have to fit too.
+_MOST_TOKENS = 1024
+_MOST_COLUMNS = 640
+
+# The widest of which 128 tokens and 128 columns fit.
+_MOST_WIDTH = 8192
 
 
 def cross_entropy(
@@ -61,13 +67,10 @@ def cross_entropy(
     interpret: runs the kernels on any platform, for tests: True or `pltpu.InterpretParams`.
 
   Raises:
-    UserError: x is neither bfloat16 nor float32.
+    UserError: what `refusal` says.
   """
-  if x_BSD.dtype not in (jnp.bfloat16, jnp.float32):
-    raise UserError(
-      f"cross entropy implementation 'pallas_tpu': {x_BSD.dtype.name} is not built, only bfloat16 "
-      "and float32; use 'chunked'"
-    )
+  if (why := refusal(x_BSD)) is not None:
+    raise UserError(f"cross entropy implementation 'pallas_tpu': {why}; use 'chunked'")
   return sliced.cross_entropy(
     _Mosaic(interpret),
     x_BSD,
@@ -79,117 +82,141 @@ def cross_entropy(
   )
 
 
+def refusal(x_BSD: jax.Array) -> str | None:
+  """What the kernels cannot do with such activations, or None."""
+  if x_BSD.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"{x_BSD.dtype.name} is not built, only bfloat16 and float32"
+  if x_BSD.shape[2] > _MOST_WIDTH:
+    return f"width {x_BSD.shape[2]} is over {_MOST_WIDTH}"
+  return None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Mosaic:
   interpret: Any
 
   def fold(self, softcap: float | None, part: Slice, totals: Totals) -> Totals:
-    R, C = part.x_RD.shape[0], part.w_CD.shape[0]
-    out = [jax.ShapeDtypeStruct((1, _whole(R)), jnp.float32)] * 3
-    kernel = functools.partial(_fold, softcap, None if _is_whole(part) else C)
-    totals = self._call(kernel, "fold", part, totals, None, out)
+    R, D = part.x_RD.shape
+    blocked = _blocked(part, totals, bytes_per_token=2 * D * part.x_RD.dtype.itemsize)
+    out = [(jax.ShapeDtypeStruct(x.shape, x.dtype), blocked.row) for x in blocked.rows[1:]]
+    totals = self._call(functools.partial(_fold, softcap, blocked.columns), blocked, [], out)
     return Totals(*(x[0, :R] for x in totals))
 
   def unfold(
     self, softcap: float | None, part: Slice, cotangents: Cotangents, dx_RD: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    R, C = part.x_RD.shape[0], part.w_CD.shape[0]
-    dlogits = jax.ShapeDtypeStruct((_whole_blocks(C), _whole(R)), part.x_RD.dtype)
-    kernel = functools.partial(_unfold, softcap, None if _is_whole(part) else C)
-    dx_RD, dlogits_CR = self._call(kernel, "unfold", part, cotangents, dx_RD, [dlogits])
+    (R, D), C = part.x_RD.shape, part.w_CD.shape[0]
+    sizes = 2 * part.x_RD.dtype.itemsize + 4 * dx_RD.dtype.itemsize  # dx comes and goes
+    blocked = _blocked(part, cotangents, bytes_per_token=D * sizes)
+    dx_RD = _pad(dx_RD, blocked.x_RD.shape[0])
+    dlogits = (blocked.w_CD.shape[0], dx_RD.shape[0])
+    out = [
+      (jax.ShapeDtypeStruct(dx_RD.shape, dx_RD.dtype), blocked.tokens),
+      (jax.ShapeDtypeStruct(dlogits, part.x_RD.dtype), blocked.logits),
+    ]
+    kernel = functools.partial(_unfold, softcap, blocked.columns)
+    dx_RD, dlogits_CR = self._call(kernel, blocked, [(dx_RD, blocked.tokens)], out)
     dlogits_CR = dlogits_CR[:C, :R]
     dw_CD = jnp.einsum("cr,rd->cd", dlogits_CR, part.x_RD, preferred_element_type=jnp.float32)
     return dx_RD[:R], dw_CD
 
   def _call(
     self,
-    kernel: Any,
-    name: str,
-    part: Slice,
-    per_token: Totals | Cotangents,
-    dx_RD: jax.Array | None,
-    out: list[jax.ShapeDtypeStruct],
+    kernel: functools.partial,
+    blocked: "_Blocked",
+    in_place: list[tuple[jax.Array, pl.BlockSpec]],
+    out: list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
   ) -> Any:
-    """Runs a kernel over all blocks. With `dx_RD` that is its first output too, in its place."""
-    R, D = part.x_RD.shape
-    x_RD, w_CD = _pad(part.x_RD, _whole(R)), _pad(part.w_CD, _whole_blocks(part.w_CD.shape[0]))
-    stale = jnp.int32(0) if part.stale is None else part.stale
-    # A target among the stale columns was found in the slice before.
-    columns_R = jnp.where(part.columns_R >= stale, part.columns_R, -1)
-    rows = [_pad(x, _whole(R))[None] for x in (columns_R, *per_token)]
-    tokens_bytes = D * (x_RD if dx_RD is None else dx_RD).dtype.itemsize
-    P, Q = _block(w_CD.shape[0]), _even_block(x_RD.shape[0], min(_TOKENS, _BYTES // tokens_bytes))
-
-    # Of the grid (blocks of tokens, blocks of columns), and the prefetched scalar.
-    row = pl.BlockSpec((1, Q), lambda i, j, _: (0, i))
-    tokens = pl.BlockSpec((Q, D), lambda i, j, _: (i, 0))
-    columns = pl.BlockSpec((P, D), lambda i, j, _: (j, 0))
-    logits = pl.BlockSpec((P, Q), lambda i, j, _: (j, i))
-    inputs = [stale[None], *rows, x_RD, w_CD]
-    in_specs = [*[row] * len(rows), tokens, columns]
-    out_specs = [row if x.shape[0] == 1 else logits for x in out]
-    in_place = {}
-    if dx_RD is not None:
-      in_place = {len(inputs): 0}
-      inputs, in_specs = [*inputs, _pad(dx_RD, _whole(R))], [*in_specs, tokens]
-      out, out_specs = (
-        [jax.ShapeDtypeStruct(inputs[-1].shape, dx_RD.dtype), *out],
-        [tokens, *out_specs],
-      )
+    """Runs a kernel over all blocks. The arrays `in_place` are inputs whose memory the first
+    outputs take; for each the kernel has a product more."""
+    inputs = [blocked.stale_1, *blocked.rows, blocked.x_RD, blocked.w_CD, *(x for x, _ in in_place)]
     axes = manual.varying_axes(*inputs)
     inputs = [manual.vary_over(x, axes) for x in inputs]
     types = jax.typeof(inputs[0]).manual_axis_type
-    grid = (pl.cdiv(x_RD.shape[0], Q), w_CD.shape[0] // P)
-    pairs = x_RD.shape[0] * w_CD.shape[0]
-    touched = [*inputs, *out, *[w_CD] * (grid[0] - 1)]
+    (R, D), C = blocked.x_RD.shape, blocked.w_CD.shape[0]
+    touched: list[Any] = [*inputs, *(x for x, _ in out), *[blocked.w_CD] * (blocked.grid[0] - 1)]
     return pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs
+        num_scalar_prefetch=1,
+        grid=blocked.grid,
+        in_specs=[
+          *[blocked.row] * len(blocked.rows),
+          blocked.tokens,
+          blocked.table,
+          *(spec for _, spec in in_place),
+        ],
+        out_specs=[spec for _, spec in out],
       ),
-      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=types) for x in out],
-      input_output_aliases=in_place,
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=types) for x, _ in out],
+      input_output_aliases={len(inputs) - len(in_place) + i: i for i in range(len(in_place))},
       compiler_params=pltpu.CompilerParams(
         # Blocks of tokens are independent, those of columns follow each other.
         dimension_semantics=(pltpu.PARALLEL, pltpu.ARBITRARY),
         vmem_limit_bytes=_VMEM,
       ),
       cost_estimate=pl.CostEstimate(
-        flops=2 * pairs * D * (1 if dx_RD is None else 2),
-        transcendentals=pairs,
+        flops=2 * R * C * D * (1 + len(in_place)),
+        transcendentals=R * C,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in touched),
       ),
       interpret=self.interpret,
-      name=f"cross_entropy_{name}",
+      name=f"cross_entropy{kernel.func.__name__}",
     )(*inputs)
 
 
-def _whole(tokens: int) -> int:
-  return -(-tokens // _LANES) * _LANES
+class _Blocked(NamedTuple):
+  """A slice padded to whole blocks, and where a step finds each array.
+
+  `rows` are the targets' columns, and then what an implementation is given per token. `columns` is
+  how many count, None if all do.
+  """
+
+  stale_1: jax.Array
+  rows: list[jax.Array]
+  x_RD: jax.Array
+  w_CD: jax.Array
+  columns: int | None
+  grid: tuple[int, int]
+  row: pl.BlockSpec
+  tokens: pl.BlockSpec
+  table: pl.BlockSpec
+  logits: pl.BlockSpec
 
 
-def _whole_blocks(columns: int) -> int:
-  """So many columns that they have blocks which are not small."""
-  unit = 512 if columns > 512 else _LANES
-  whole = columns % _LANES == 0 and _block(columns) >= min(256, columns)
-  return columns if whole else -(-columns // unit) * unit
+def _blocked(part: Slice, per_token: Totals | Cotangents, bytes_per_token: int) -> _Blocked:
+  D = part.x_RD.shape[1]
+  bytes_per_column = 2 * D * part.w_CD.dtype.itemsize
+  R, Q = _blocks(part.x_RD.shape[0], min(_TOKENS_BYTES // bytes_per_token, _MOST_TOKENS))
+  C, P = _blocks(part.w_CD.shape[0], min(_COLUMNS_BYTES // bytes_per_column, _MOST_COLUMNS))
+  stale = jnp.int32(0) if part.stale is None else part.stale
+  # A target among the stale columns was found in the slice before.
+  columns_R = jnp.where(part.columns_R >= stale, part.columns_R, -1)
+  # The index maps' arguments: block of tokens, block of columns, the prefetched scalar.
+  return _Blocked(
+    stale_1=stale[None],
+    rows=[_pad(x, R)[None] for x in (columns_R, *per_token)],
+    x_RD=_pad(part.x_RD, R),
+    w_CD=_pad(part.w_CD, C),
+    columns=None if part.stale is None and part.w_CD.shape[0] == C else part.w_CD.shape[0],
+    grid=(R // Q, C // P),
+    row=pl.BlockSpec((1, Q), lambda i, j, _: (0, i)),
+    tokens=pl.BlockSpec((Q, D), lambda i, j, _: (i, 0)),
+    table=pl.BlockSpec((P, D), lambda i, j, _: (j, 0)),
+    logits=pl.BlockSpec((P, Q), lambda i, j, _: (j, i)),
+  )
 
 
-def _block(columns: int) -> int:
-  """The largest block of whole registers that divides the columns."""
-  return next(p for p in range(_COLUMNS, 0, -_LANES) if columns % p == 0)
-
-
-def _even_block(length: int, largest: int) -> int:
-  """The smallest block, in whole registers, of which as few are enough as of the largest."""
-  blocks = -(-length // max(largest // _LANES * _LANES, _LANES))
-  return _whole(-(-length // blocks))
-
-
-def _is_whole(part: Slice) -> bool:
-  """Whether every column that a kernel computes counts."""
-  C = part.w_CD.shape[0]
-  return part.stale is None and _whole_blocks(C) == C
+def _blocks(length: int, largest: int) -> tuple[int, int]:
+  """The length and the largest block of whole registers that divides it. It is padded if it is no
+  multiple of a register, or if only small blocks divide it."""
+  largest = largest // _LANES * _LANES
+  for multiple in (1, _LANES, min(largest, _GOOD)):
+    padded = -(-length // multiple) * multiple
+    block = next((b for b in range(largest, 0, -_LANES) if padded % b == 0), 0)
+    if block >= min(_GOOD // 2, largest, padded):
+      break
+  return padded, block
 
 
 def _pad(x: jax.Array, length: int) -> jax.Array:
