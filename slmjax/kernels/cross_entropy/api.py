@@ -90,7 +90,7 @@ def cross_entropy_and_table(
   if softcap is not None and not softcap > 0:
     raise ValueError(f"cross entropy: softcap must be positive, got {softcap}")
   if implementation == "auto":
-    implementation = _choose(x_BSD.shape, w_VD.shape, _platform())
+    implementation = _choose(x_BSD.shape, w_VD.shape, _platform(), pallas_tpu.refusal(x_BSD))
   if implementation == "reference":
     return reference.cross_entropy(x_BSD, w_VD, targets_BS, specs=specs, softcap=softcap)
   if implementation == "chunked":
@@ -112,10 +112,14 @@ def cross_entropy_and_table(
 
 
 @functools.cache  # So that each choice is logged once, not once per trace.
-def _choose(x_shape: tuple[int, ...], w_shape: tuple[int, ...], platform: str) -> str:
+def _choose(
+  x_shape: tuple[int, ...], w_shape: tuple[int, ...], platform: str, refusal: str | None
+) -> str:
+  name, why = "chunked", "logits in slices, never whole"
   if platform == "tpu":
-    name, why = "pallas_tpu", "logits stay in the kernels' memory"
-  else:
-    name, why = "chunked", "logits in slices, never whole"
+    if refusal is None:
+      name, why = "pallas_tpu", "logits stay in the memory of kernels"
+    else:
+      why = f"{why}; pallas_tpu: {refusal}"
   logging.info("cross entropy: %s for x %s, w %s (%s)", name, x_shape, w_shape, why)
   return name
