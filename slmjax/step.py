@@ -60,39 +60,50 @@ def token_losses(
   return nll_BS, logsumexp_BS, model.with_output(table_VE)
 
 
-def train_step(
-  state: TrainState, batch: Batch, *, config: Config, stage_index: int
-) -> tuple[TrainState, StepMetrics]:
-  """One optimizer step of a stage on its batch.
+def gradient(
+  model: Decoder, batch: Batch, *, config: Config, stage_index: int
+) -> tuple[Decoder, jax.Array]:
+  """The gradient of the mean loss over a batch, and the sums [2] of loss and z-loss over it.
 
-  The gradient is that of the mean loss over the whole batch, however many microbatches it comes
-  in: each microbatch's sum is divided by the count of all.
+  It is the same however many microbatches it comes in: each microbatch's sum is divided by the
+  count of all.
   """
-  stage = config.stages[stage_index]
+  rope_theta = config.stages[stage_index].rope_theta
   count = jnp.sum(batch.weights)
+
+  def microbatch_loss(
+    model: Decoder, batch_BS: Batch
+  ) -> tuple[tuple[jax.Array, Decoder], jax.Array]:
+    nll_BS, logsumexp_BS, model = token_losses(model, batch_BS, rope_theta)
+    loss_sum = jnp.sum(nll_BS * batch_BS.weights)
+    z_loss_sum = config.optimizer.z_loss * jnp.sum(jnp.square(logsumexp_BS) * batch_BS.weights)
+    return ((loss_sum + z_loss_sum) / count, model), jnp.stack([loss_sum, z_loss_sum])
 
   def accumulate(
     carry: tuple[Decoder, jax.Array], batch_BS: Batch
   ) -> tuple[tuple[Decoder, jax.Array], None]:
-    def microbatch_loss(model: Decoder) -> tuple[tuple[jax.Array, Decoder], jax.Array]:
-      nll_BS, logsumexp_BS, model = token_losses(model, batch_BS, stage.rope_theta)
-      loss_sum = jnp.sum(nll_BS * batch_BS.weights)
-      z_loss_sum = config.optimizer.z_loss * jnp.sum(jnp.square(logsumexp_BS) * batch_BS.weights)
-      return ((loss_sum + z_loss_sum) / count, model), jnp.stack([loss_sum, z_loss_sum])
-
     grads, sums = carry
-    (loss, _), transpose, more = jax.vjp(microbatch_loss, state.model, has_aux=True)
-    # The model passes through, so that its cotangent, the gradient of the microbatches before, is
-    # added to: for tables in place, where another array of their size would not fit.
+    (loss, _), transpose, more = jax.vjp(
+      lambda model: microbatch_loss(model, batch_BS), model, has_aux=True
+    )
+    # The model passes through, and its cotangent is the gradient of the microbatches before: each
+    # parameter's gradient is added to it, that of a table in place.
     (grads,) = transpose((jnp.ones_like(loss), grads))
     return (grads, sums + more), None
 
-  start = (jax.tree.map(jnp.zeros_like, state.model), jnp.zeros(2, jnp.float32))
+  start = (jax.tree.map(jnp.zeros_like, model), jnp.zeros(2, jnp.float32))
   if batch.tokens.shape[0] == 1:
     (grads, sums), _ = accumulate(start, jax.tree.map(lambda x: x[0], batch))
   else:
     (grads, sums), _ = jax.lax.scan(accumulate, start, batch)
+  return grads, sums
 
+
+def train_step(
+  state: TrainState, batch: Batch, *, config: Config, stage_index: int
+) -> tuple[TrainState, StepMetrics]:
+  """One optimizer step of a stage on its batch."""
+  grads, sums = gradient(state.model, batch, config=config, stage_index=stage_index)
   grad_norm = optax.tree.norm(grads)
   applied = jnp.isfinite(grad_norm) & jnp.isfinite(sums[0])
   rate = learning_rate(config, stage_index, state.step)
@@ -114,7 +125,7 @@ def train_step(
   metrics = StepMetrics(
     loss_sum=sums[0],
     z_loss_sum=sums[1],
-    count=count,
+    count=jnp.sum(batch.weights),
     grad_norm=grad_norm,
     learning_rate=rate,
     applied=applied.astype(jnp.float32),

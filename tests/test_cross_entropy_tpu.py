@@ -121,8 +121,8 @@ def compiled(
   if missing := topology.missing_compiler(target):
     pytest.skip(f"{target}: {missing}")
   B, S, D, V = sizes
-  devices = topology.devices(target)[: int(np.prod(mesh))]
-  with jax.set_mesh(sharding.make_mesh(mesh, devices)) as entered:
+  entered = sharding.make_mesh(mesh, topology.devices(target)[: int(np.prod(mesh))])
+  with jax.set_mesh(entered):
     specs = sharding.Specs.of_mesh()
 
     def loss(x: Any, w: Any, targets: Any) -> Any:
