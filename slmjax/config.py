@@ -30,7 +30,7 @@ class ComputeConfig:
   compute_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "dots", "block"]
   attention: Literal["auto", "reference", "chunked", "pallas_tpu", "pallas_gpu"]
-  cross_entropy: Literal["auto", "reference", "chunked"]
+  cross_entropy: Literal["auto", "reference", "chunked", "pallas_tpu"]
 
 
 @dataclasses.dataclass(frozen=True)

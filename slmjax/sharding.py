@@ -138,28 +138,6 @@ def gathered(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return jax.reshard(weight.astype(dtype), P(*(None if a == "fsdp" else a for a in spec)))
 
 
-def take_rows(table_VD: jax.Array, ids_BS: jax.Array, specs: Specs, dtype: jnp.dtype) -> jax.Array:
-  """Rows of a stored table: [B, S, D] in `dtype`.
-
-  The ids travel to the table and the activations back (an all-to-all of B x S x D), never the
-  table: for a vocabulary of 256K that is tens of megabytes instead of one gigabyte, and the
-  gradient of the table is summed in the table's own dtype in the shard that stores it.
-  """
-
-  def local(table: jax.Array, ids: jax.Array) -> jax.Array:
-    ids = jax.lax.all_gather(ids, specs.fsdp_axis, axis=0, tiled=True)
-    first = jax.lax.axis_index(specs.vocab_axis) * table.shape[0]
-    mine = (ids >= first) & (ids < first + table.shape[0])
-    rows = jnp.where(mine[..., None], table[jnp.where(mine, ids - first, 0)], 0).astype(dtype)
-    rows = jax.lax.psum(rows, specs.vocab_axis)
-    return jax.lax.all_to_all(rows, specs.fsdp_axis, split_axis=0, concat_axis=2, tiled=True)
-
-  island = jax.shard_map(
-    local, in_specs=(specs.embed_VD.stored, specs.tokens_BS), out_specs=specs.act_BSD
-  )
-  return island(table_VD, ids_BS)
-
-
 def shard_attention(
   attend: Callable[..., jax.Array], specs: Specs, kv_heads: int
 ) -> Callable[..., jax.Array]:

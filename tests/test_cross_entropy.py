@@ -7,77 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
-from slmjax.kernels.cross_entropy import api, chunked
+from slmjax.kernels.cross_entropy import api, sliced
+from tests.cross_entropy_cases import (
+  TOLERANCE,
+  B,
+  S,
+  assert_close,
+  draw,
+  expect,
+  on_tpu,
+  run,
+  tolerances,
+)
+
+__all__ = ["on_tpu"]
 
 MESHES = [(1, 1, 1, 1), (1, 4, 1, 1), (1, 2, 1, 2), (2, 1, 1, 2)]
-B, S, D, V = 4, 24, 16, 1000  # On two shards of the vocabulary 500 rows: no multiple of 128.
-
-# Relative to the largest magnitude in the array that is compared. float32: sums of at most 1000
-# products, each rounded to 2^-24. bfloat16: x and w are the same rounded numbers on both sides;
-# the gradients of the logits are rounded to 2^-9 before they are multiplied, and dx is rounded.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
-
-
-def draw(dtype: str) -> tuple[Any, Any, Any, Any, Any]:
-  """x, w, targets, and cotangents for nll and the log-sum-exp (some of them zero: masked)."""
-  rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(B, S, D)), dtype)
-  w = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
-  targets = rng.integers(0, V, size=(B, S)).astype(np.int32)
-  targets[0, :6] = (0, V - 1, 499, 500, 127, 128)  # Edges of shards and slices.
-  dnll, dlse = rng.normal(size=(2, B, S)).astype(np.float32)
-  dnll[1, 5:] = dlse[1, 5:] = 0.0
-  return x, w, targets, dnll, dlse
-
-
-def expect(
-  x: Any, w: Any, targets: Any, dnll: Any, dlse: Any, softcap: float | None = None
-) -> list[np.ndarray]:
-  """nll, logsumexp, dx, dw from the equations."""
-  w = w.astype(x.dtype)
-  x, w, dnll, dlse = (np.asarray(a, np.float64) for a in (x, w, dnll, dlse))
-  products = x @ w.T
-  logits = products if softcap is None else softcap * np.tanh(products / softcap)
-  top = logits.max(axis=-1, keepdims=True)
-  lse = (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))[..., 0]
-  nll = lse - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  softmax = np.exp(logits - lse[..., None])
-  dlogits = softmax * (dnll + dlse)[..., None]
-  dlogits -= np.eye(V)[targets] * dnll[..., None]
-  if softcap is not None:
-    dlogits /= np.cosh(products / softcap) ** 2
-  return [nll, lse, dlogits @ w, np.einsum("bsv,bsd->vd", dlogits, x)]
-
-
-def run(specs: Any, arrays: Any, **options: Any) -> list[Any]:
-  """nll, logsumexp, dx and dw on the mesh that was entered."""
-  x, w, targets, dnll, dlse = arrays
-  put = jax.reshard
-  tokens = [put(a, specs.tokens_BS) for a in (targets, dnll, dlse)]
-
-  @jax.jit
-  def forward_backward(x: Any, w: Any, targets: Any, dnll: Any, dlse: Any) -> Any:
-    outputs, vjp = jax.vjp(
-      lambda x, w: api.cross_entropy(x, w, targets, specs=specs, **options), x, w
-    )
-    return *outputs, *vjp((dnll, dlse))
-
-  return list(forward_backward(put(x, specs.act_BSD), put(w, specs.embed_VD.stored), *tokens))
-
-
-def assert_close(got: list[Any], want: list[np.ndarray], tolerances: list[float]) -> None:
-  names = ("nll", "logsumexp", "dx", "dw")
-  for name, x, y, tolerance in zip(names, got, want, tolerances, strict=True):
-    x = np.asarray(x, np.float64)
-    assert np.isfinite(x).all(), name
-    error = np.abs(x - y).max()
-    assert error <= tolerance * np.abs(y).max(), f"{name}: {error} of {np.abs(y).max()}"
 
 
 @pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
 class TestConformance:
   """What an implementation must do to be listed in the api."""
+
+  @pytest.fixture(autouse=True)
+  def platform(self, implementation: str, request: pytest.FixtureRequest) -> None:
+    if implementation == "pallas_tpu":
+      request.getfixturevalue("on_tpu")
 
   @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
   @pytest.mark.parametrize("shape", MESHES)
@@ -90,9 +48,7 @@ class TestConformance:
       tokens = B * S // (shape[0] * shape[1])
       got = run(specs, arrays, implementation=implementation, slice_elements=256 * tokens)
       assert [x.dtype.name for x in got] == ["float32", "float32", dtype, "float32"]
-      # The outputs are sums of exact products of the inputs, whatever their dtype.
-      tolerances = [TOLERANCE["float32"]] * 2 + [TOLERANCE[dtype]] * 2
-      assert_close(got, expect(*arrays), tolerances)
+      assert_close(got, expect(*arrays), tolerances(dtype))
 
   # Products of x and w are of order 4 here and at most 20: a cap of 5 bends most and flattens some.
   @pytest.mark.parametrize(
@@ -107,8 +63,7 @@ class TestConformance:
       tokens = B * S // (shape[0] * shape[1])
       options = {"implementation": implementation, "slice_elements": 256 * tokens}
       got = run(specs, arrays, softcap=5.0, **options)
-      tolerances = [TOLERANCE["float32"]] * 2 + [TOLERANCE[dtype]] * 2
-      assert_close(got, expect(*arrays, softcap=5.0), tolerances)
+      assert_close(got, expect(*arrays, softcap=5.0), tolerances(dtype))
 
   def test_logits_far_from_zero(self, implementation: str, enter_mesh: Any) -> None:
     x, w, *rest = draw("float32")
@@ -117,6 +72,74 @@ class TestConformance:
       got = run(specs, arrays, implementation=implementation, slice_elements=1)
       # Exponents of differences of scores near 1000, each known to 1000 x 2^-24.
       assert_close(got, expect(*arrays), [1e-5, 1e-5, 1e-3, 1e-3])
+
+  def test_a_masked_position_gives_and_takes_nothing(
+    self, implementation: str, enter_mesh: Any
+  ) -> None:
+    x, w, targets, dnll, dlse = draw("float32")
+    elsewhere = x.at[-1, 5:].add(1.0), w, np.where(dnll == 0.0, 0, targets), dnll, dlse
+    with enter_mesh((1, 2, 1, 2)) as specs:
+      options = {"implementation": implementation, "slice_elements": 256 * B * S}
+      got, other = (run(specs, a, **options) for a in ((x, w, targets, dnll, dlse), elsewhere))
+    assert (np.asarray(got[2])[-1, 5:] == 0.0).all()
+    for a, b in zip(got[2:], other[2:], strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_z_loss_pulls_the_logsumexp_to_zero(self, implementation: str, enter_mesh: Any) -> None:
+    x, w, targets, _, _ = draw("float32")
+    want = expect(x, w, targets, np.zeros((B, S)), np.zeros((B, S)))[1]
+    want = expect(x, w, targets, np.full((B, S), 1 / (B * S)), 0.2 * want / (B * S))
+    with enter_mesh((1, 1, 1, 1)) as specs:
+
+      def loss(x: Any, w: Any) -> Any:
+        nll, lse = api.cross_entropy(
+          x, w, jax.reshard(targets, specs.tokens_BS), specs=specs, implementation=implementation
+        )
+        return nll.mean() + 0.1 * jnp.square(lse).mean()
+
+      placed = jax.reshard(x, specs.act_BSD), jax.reshard(w, specs.embed_VD.stored)
+      got = jax.jit(jax.grad(loss, argnums=(0, 1)))(*placed)
+    for a, b in zip(got, want[2:], strict=True):
+      np.testing.assert_allclose(a, b, atol=TOLERANCE["float32"] * np.abs(b).max())
+
+  @pytest.mark.parametrize("shape", MESHES)
+  def test_adds_to_the_gradient_of_the_table_it_passes_on(
+    self, implementation: str, shape: tuple[int, ...], enter_mesh: Any
+  ) -> None:
+    arrays = draw("float32")
+    dtable = np.random.default_rng(1).normal(size=arrays[1].shape).astype(np.float32)
+    with enter_mesh(shape) as specs:
+      options = {"implementation": implementation, "slice_elements": 256 * B * S}
+      got = run(specs, arrays, dtable, **options)
+    want = expect(*arrays)
+    assert_close(got, [*want[:3], want[3] + dtable], tolerances("float32"))
+
+
+@pytest.mark.usefixtures("on_tpu")
+@pytest.mark.medium
+@pytest.mark.parametrize("implementation", ["chunked", "pallas_tpu"])
+def test_any_sizes_equal_the_equations(implementation: str, enter_mesh: Any) -> None:
+  @settings(max_examples=12, deadline=None, derandomize=True, phases=(Phase.generate,))
+  @given(st.data())
+  def check(data: st.DataObject) -> None:
+    sizes = (
+      data.draw(st.integers(1, 4), label="B"),
+      data.draw(st.sampled_from([1, 7, 64, 130, 300]), label="S"),
+      data.draw(st.sampled_from([1, 8, 24, 100]), label="D"),
+      data.draw(st.sampled_from([2, 127, 129, 640, 1100, 1536]), label="V"),
+    )
+    dtype = data.draw(st.sampled_from(["float32", "bfloat16"]))
+    softcap = data.draw(st.sampled_from([None, 4.0]))
+    columns = data.draw(st.sampled_from([1, 256, 600, 10**6]), label="columns of a slice")
+    arrays = draw(dtype, sizes, seed=data.draw(st.integers(0, 99)))
+    rows = max(sizes[0] * sizes[1], sizes[2])
+    got = run(
+      specs, arrays, implementation=implementation, softcap=softcap, slice_elements=columns * rows
+    )
+    assert_close(got, expect(*arrays, softcap), tolerances(dtype))
+
+  with enter_mesh((1, 1, 1, 1)) as specs:
+    check()
 
 
 @pytest.mark.parametrize("slice_elements", [1, 10**9])
@@ -134,13 +157,12 @@ def test_the_slice_width_does_not_change_the_result(slice_elements: int, enter_m
 def test_slices_cover_each_column_once_within_the_limit(
   total: int, tokens: int, elements: int
 ) -> None:
-  slices = chunked._Slices.fit(total, tokens, elements)
+  slices = sliced.Slices.fit(total, tokens, elements)
   assert slices.width * tokens <= max(elements, 128 * tokens)
   seen = np.zeros(total, np.int32)
   for i in range(slices.count):
-    fresh = np.asarray(slices.hide_stale(jnp.int32(i), jnp.ones((1, slices.width), jnp.int32), 0))
-    start = int(slices.start(jnp.int32(i)))
-    seen[start : start + slices.width] += fresh[0]
+    start, stale = int(slices.start(jnp.int32(i))), slices.stale(jnp.int32(i))
+    seen[start + int(stale or 0) : start + slices.width] += 1
   assert (seen == 1).all()
 
 
@@ -175,9 +197,9 @@ def test_chunked_never_holds_the_logits(dtype: Any, enter_mesh: Any) -> None:
 def test_a_name_that_is_not_built_raises_with_the_list(enter_mesh: Any) -> None:
   with (
     enter_mesh((1, 1, 1, 1)) as specs,
-    pytest.raises(ValueError, match=r"'pallas_tpu' does not exist: .* reference, chunked"),
+    pytest.raises(ValueError, match=r"'pallas_gpu' does not exist: .* reference, chunked, pallas"),
   ):
-    run(specs, draw("float32"), implementation="pallas_tpu")
+    run(specs, draw("float32"), implementation="pallas_gpu")
 
 
 def test_a_softcap_that_is_not_positive_raises(enter_mesh: Any) -> None:

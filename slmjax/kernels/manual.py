@@ -26,3 +26,12 @@ def vary_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array) -> jax.Array:
   """Zeros that vary over the axes over which `like` varies: to start a loop's carry with."""
   return vary_over(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def on_first(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """`x` on the first device along `axes`, zeros on the others: to add partial sums to, that a
+  `psum` over `axes` makes whole."""
+  first = jnp.asarray(True)
+  for axis in axes:
+    first &= jax.lax.axis_index(axis) == 0
+  return jnp.where(first, x, jnp.zeros((), x.dtype))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from slmjax.config import ComputeConfig
+from slmjax.kernels.lookup import take_rows
 from slmjax.model import block, position, weights
 from slmjax.model.block import Block
 from slmjax.model.context import Context, LayerCache
@@ -23,7 +24,7 @@ from slmjax.model_config import (
   RotaryPositions,
   SegmentConfig,
 )
-from slmjax.sharding import Specs, gather, gathered, take_rows
+from slmjax.sharding import Specs, gather, gathered
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +96,43 @@ class Decoder(nnx.Module):
       cache: None in training; else the tokens are appended to it and attend to all it holds.
       layers: None, or the blocks as `one_by_one` gave them, with a cache that went through it too.
     """
+    x_BSD, _ = self._embed(tokens_BS, positions_BS)
+    return self._apply(x_BSD, segments_BS, positions_BS, rope_theta, cache, layers)
+
+  def passing_tables_on(
+    self,
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    positions_BS: jax.Array,
+    *,
+    rope_theta: float | None,
+  ) -> tuple[jax.Array, "Decoder"]:
+    """For a loss: final hidden states as from a call, and this decoder with the embedding as the
+    lookup passed it on, so that a table which is used again has its gradient in one array."""
+    x_BSD, embed_VE = self._embed(tokens_BS, positions_BS)
+    hidden_BSE, _ = self._apply(x_BSD, segments_BS, positions_BS, rope_theta, None, None)
+    return hidden_BSE, self._with("embed_VE", embed_VE)
+
+  def with_output(self, table_VE: jax.Array) -> "Decoder":
+    """This decoder with another array for `output_VE`."""
+    return self._with("embed_VE" if self.model.embedding.tied else "head_VE", table_VE)
+
+  def _with(self, name: str, array: jax.Array) -> "Decoder":
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: array if path[0].name == name else x, self
+    )
+
+  def _apply(
+    self,
+    x_BSD: jax.Array,
+    segments_BS: jax.Array,
+    positions_BS: jax.Array,
+    rope_theta: float | None,
+    cache: Cache | None,
+    layers: Sequence[Sequence[Block]] | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """All that follows the embedding; arguments and results as in a call."""
     model = self.model
-    x_BSD = self._embed(tokens_BS, positions_BS)
     start = jnp.zeros((), jnp.int32)
     kv_segments_BT = segments_BS
     if cache is not None:
@@ -118,13 +154,13 @@ class Decoder(nnx.Module):
         x_BSD, kept = _loop(layers[i], x_BSD, context, kept, segment)
       caches.append(kept)
     if cache is not None:
-      cache = Cache(start + tokens_BS.shape[1], kv_segments_BT, tuple(caches))
+      cache = Cache(start + segments_BS.shape[1], kv_segments_BT, tuple(caches))
     return self._to_output(x_BSD), cache
 
-  def _embed(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """The residual stream before the first block."""
+  def _embed(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The residual stream before the first block, and the table, passed on by the lookup."""
     model, specs, dtype = self.model, self.specs, jnp.dtype(self.compute.compute_dtype)
-    x_BSD = take_rows(self.embed_VE[...], tokens_BS, specs, dtype)
+    x_BSD, embed_VE = take_rows(self.embed_VE[...], tokens_BS, specs, dtype)
     if model.embedding.scale != 1.0:
       x_BSD = x_BSD * jnp.asarray(model.embedding.scale, dtype)
     if model.embedding.width != model.width:
@@ -134,7 +170,7 @@ class Decoder(nnx.Module):
       rows_BS = positions_BS + model.positions.offset
       position_TD = gather(self.position_TD[...], specs.up_RD, dtype)
       x_BSD = x_BSD + position_TD.at[rows_BS].get(out_sharding=specs.act_BSD)
-    return self.embed_norm(x_BSD) if model.embedding.norm else x_BSD
+    return (self.embed_norm(x_BSD) if model.embedding.norm else x_BSD), embed_VE
 
   def _to_output(self, x_BSD: jax.Array) -> jax.Array:
     """What the output table is compared with, after the last block."""

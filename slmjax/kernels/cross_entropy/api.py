@@ -8,12 +8,14 @@ import functools
 import jax
 from absl import logging
 
-from slmjax.kernels.cross_entropy import chunked, reference
+from slmjax.errors import UserError
+from slmjax.kernels.cross_entropy import chunked, pallas_tpu, reference
+from slmjax.kernels.platform import platform as _platform
 from slmjax.sharding import Specs
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 
-# Logits that one device holds at a time: 256 MB in float32.
+# Logits, or elements of the table, that one device works on at a time: 256 MB in float32.
 SLICE_ELEMENTS = 64 * 2**20
 
 
@@ -42,9 +44,10 @@ def cross_entropy(
       the caller masks must hold a valid id too (such as 0) and get weight zero.
     specs: the table of specs of the mesh.
     softcap: bounds the logits (Gemma-2, arXiv:2408.00118). None costs nothing.
-    implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose.
-    slice_elements: logits (tokens times columns) that one device holds at a time, rounded to at
-      least 128 columns. Read by "chunked"; the reference holds all.
+    implementation: one of IMPLEMENTATIONS, or "auto", which logs what it chose. "pallas_tpu" is for
+      TPUs.
+    slice_elements: logits (tokens times columns) that one device works on at a time, and elements
+      of the table, rounded to at least 128 columns. The reference does not read it: it holds all.
 
   Returns:
     nll_BS and logsumexp_BS, float32, in nats, with spec `tokens_BS`.
@@ -52,6 +55,34 @@ def cross_entropy(
   Raises:
     ValueError: an implementation that does not exist, shapes that do not fit, or a softcap that
       is not positive.
+    UserError: an implementation that cannot run this dtype, or not on this platform.
+  """
+  nll_BS, logsumexp_BS, _ = cross_entropy_and_table(
+    x_BSD,
+    w_VD,
+    targets_BS,
+    specs=specs,
+    softcap=softcap,
+    implementation=implementation,
+    slice_elements=slice_elements,
+  )
+  return nll_BS, logsumexp_BS
+
+
+def cross_entropy_and_table(
+  x_BSD: jax.Array,
+  w_VD: jax.Array,
+  targets_BS: jax.Array,
+  *,
+  specs: Specs,
+  softcap: float | None = None,
+  implementation: str = "auto",
+  slice_elements: int = SLICE_ELEMENTS,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`cross_entropy`, which passes the table on as a third output.
+
+  Whoever uses the table again uses that one: the cotangent that arrives for it is the array that
+  the table's gradient is then added to, slice by slice, and no second array of its size is needed.
   """
   if x_BSD.shape[:2] != targets_BS.shape or x_BSD.shape[2] != w_VD.shape[1]:
     shapes = [x.shape for x in (x_BSD, w_VD, targets_BS)]
@@ -59,11 +90,19 @@ def cross_entropy(
   if softcap is not None and not softcap > 0:
     raise ValueError(f"cross entropy: softcap must be positive, got {softcap}")
   if implementation == "auto":
-    implementation = _choose(x_BSD.shape, w_VD.shape)
+    implementation = _choose(x_BSD.shape, w_VD.shape, _platform(), pallas_tpu.refusal(x_BSD))
   if implementation == "reference":
     return reference.cross_entropy(x_BSD, w_VD, targets_BS, specs=specs, softcap=softcap)
   if implementation == "chunked":
     return chunked.cross_entropy(
+      x_BSD, w_VD, targets_BS, specs=specs, softcap=softcap, slice_elements=slice_elements
+    )
+  if implementation == "pallas_tpu":
+    if _platform() != "tpu":
+      raise UserError(
+        f"cross entropy implementation 'pallas_tpu' runs on TPU, not on {_platform()}: use 'auto'"
+      )
+    return pallas_tpu.cross_entropy(
       x_BSD, w_VD, targets_BS, specs=specs, softcap=softcap, slice_elements=slice_elements
     )
   raise ValueError(
@@ -73,7 +112,14 @@ def cross_entropy(
 
 
 @functools.cache  # So that each choice is logged once, not once per trace.
-def _choose(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> str:
-  why = "logits in slices, never whole"
-  logging.info("cross entropy: chunked for x %s, w %s (%s)", x_shape, w_shape, why)
-  return "chunked"
+def _choose(
+  x_shape: tuple[int, ...], w_shape: tuple[int, ...], platform: str, refusal: str | None
+) -> str:
+  name, why = "chunked", "logits in slices, never whole"
+  if platform == "tpu":
+    if refusal is None:
+      name, why = "pallas_tpu", "logits stay in the memory of kernels"
+    else:
+      why = f"{why}; pallas_tpu: {refusal}"
+  logging.info("cross entropy: %s for x %s, w %s (%s)", name, x_shape, w_shape, why)
+  return name
