@@ -26,6 +26,7 @@ from slmjax.data.plan import Plan
 from slmjax.data.store import TokenStore
 from slmjax.durable import write_atomically
 from slmjax.evaluate import Evaluator
+from slmjax.kernels.platform import platform as _platform
 from slmjax.loaded import tokenizer_meta
 from slmjax.metrics import Reporter
 from slmjax.state import TrainState, abstract_state, enter_stage, init_state
@@ -104,7 +105,7 @@ class _Run:
       "tokenizer": tokenizer_meta(self.stores),
       "versions": checkpoint.versions(),
     }
-    if self.mesh.devices.flat[0].platform != "cpu":  # there all is XLA, as in the tests
+    if _platform() != "cpu":  # there all is XLA, as in the tests
       for line in probe.probe(config):
         logging.info("%s", line)
     self.first_step = self._start()

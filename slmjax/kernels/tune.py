@@ -19,29 +19,28 @@ import jax
 import numpy as np
 
 from slmjax.errors import run_command
-from slmjax.kernels.attention import pallas_tpu, programs, tiles, walks
+from slmjax.kernels import programs
+from slmjax.kernels.attention import pallas_tpu, tiles, walks
 from slmjax.kernels.attention.pallas_tpu_kernels import Blocks
 from slmjax.kernels.inspect import tpu
 from slmjax.kernels.inspect.tpu import TpuKernel
 from slmjax.kernels.shapes import ATTENTION, AttentionShape
 
-TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 LENGTH = 8192
 PACKED_ROWS = 16
 MEAN_DOCUMENT = 600
 
 # What a step of the grid costs beside its computation: about a third of a microsecond.
-_STEP = 500
+STEP_BUNDLES = 500
 
 
 def candidates(shape: AttentionShape) -> list[Blocks]:
   """Blocks with enough rows to fill the matrix units, and no more than fit."""
-  group = shape.heads // shape.kv_heads
   return [
     Blocks(queries, keys)
     for queries in (128, 256, 512, 1024)
     for keys in ((512, 1024) if shape.width <= 128 else (256, 512))
-    if 384 <= group * queries <= 2048
+    if 384 <= shape.group * queries <= 2048
   ]
 
 
@@ -65,7 +64,8 @@ def bundles(kind: str, blocks: Blocks, kernels: list[TpuKernel]) -> float:
   """Of a row and one key/value head: the forward twice, because the backward recomputes it."""
   total, query_blocks = steps(kind, blocks)
   forward, backward = (
-    total * (kernel.hot.bundles + _STEP) + query_blocks * (kernel.bundles - kernel.hot.bundles)
+    total * (kernel.hot.bundles + STEP_BUNDLES)
+    + query_blocks * (kernel.bundles - kernel.hot.bundles)
     for kernel in kernels
   )
   return 2 * forward + backward
@@ -79,7 +79,7 @@ def compiled(dump: tpu.Dump, chip: str, shape: AttentionShape, blocks: Blocks) -
       *arrays, scale=scale, window=None, softcap=None, slopes_N=None, blocks=blocks
     )[0]
 
-  program = programs.lower(TARGETS[chip], shape, 2048, rows=1, attend=attend)
+  program = programs.lower_attention(chip, shape, 2048, rows=1, attend=attend)
   try:
     return dump.kernels("attention_", program.compile)
   except jax.errors.JaxRuntimeError as error:
@@ -93,7 +93,6 @@ def tune(chip: str, names: list[str]) -> dict[str, list[int]]:
   with tpu.dump() as dump:
     for name in names:
       shape = ATTENTION[name]
-      group = shape.heads // shape.kv_heads
       found = {}
       for blocks in candidates(shape):
         if kernels := compiled(dump, chip, shape, blocks):
@@ -106,7 +105,7 @@ def tune(chip: str, names: list[str]) -> dict[str, list[int]]:
             flush=True,
           )
       chosen = min(found, key=lambda blocks: found[blocks])
-      best[tiles.key(group, shape.width, shape.value_width)] = list(chosen)
+      best[tiles.key(shape.group, shape.width, shape.value_width)] = list(chosen)
   return best
 
 
@@ -117,7 +116,7 @@ def main() -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--chip", required=True, choices=TARGETS)
+  parser.add_argument("--chip", required=True, choices=sorted(set(tiles.CHIPS.values())))
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")  # a compiler only: no chip of this machine is taken
   tuned = tune(args.chip, list(ATTENTION))
