@@ -1,11 +1,10 @@
-"""The GPU attention kernels: ranges of blocks, refusals, and that they compile for GPUs, and to what.
+"""The GPU attention kernels: ranges of blocks, refusals, that they compile for GPUs, and to what.
 
-That they equal the equations is in test_attention.py, and here for any tiles; the tests that compile
-(slow) skip without the compilers of requirements-compile.txt.
+That they equal the equations is in test_attention.py, and here for any tiles; the tests that
+compile (slow) skip without the compilers of requirements-compile.txt.
 """
 
 import functools
-import itertools
 import json
 import subprocess
 import sys
@@ -192,12 +191,6 @@ def lower(
     return jax.jit(forward_backward).lower(q, k, v, ids, do, scalar, slopes)
 
 
-def kernels_in(text: str) -> list[str]:
-  """Kernels that a program calls through Triton, by the names it gives them."""
-  calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
-  return sorted(name for line in calls for name in _KERNELS if f'name = "{name}"' in line)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", _CHIPS)
 @pytest.mark.parametrize("shape", _SHAPES)
@@ -205,14 +198,13 @@ def test_it_compiles_without_spills(chip: str, shape: str) -> None:
   """At three lengths, and what the compiler made of the first: kernels that keep to registers."""
   for length in (4096, 8192):
     lowered = lower(f"{chip}:1", shape, length)
-    assert kernels_in(lowered.as_text()) == list(_KERNELS)
-    assert kernels_in(lowered.compile().as_text()) == list(_KERNELS)
+    assert inspect_gpu.kernels_in(lowered.as_text()) == list(_KERNELS)
+    assert inspect_gpu.kernels_in(lowered.compile().as_text()) == list(_KERNELS)
   lowered = lower(f"{chip}:1", shape, 2048)
-  assert kernels_in(lowered.as_text()) == list(_KERNELS)
-  try:
-    kernels = inspect_gpu.report(lowered)
-  except UserError as error:
-    pytest.skip(str(error))
+  assert inspect_gpu.kernels_in(lowered.as_text()) == list(_KERNELS)
+  if missing := inspect_gpu.missing_tool():
+    pytest.skip(missing)
+  kernels = inspect_gpu.report(lowered)
   assert [x.name for x in kernels] == list(_KERNELS)
   for x in kernels:
     assert not x.serialized, x
@@ -231,7 +223,7 @@ def test_options_and_uneven_lengths_compile(
   chip: str, length: int, options: dict[str, Any]
 ) -> None:
   text = lower(f"{chip}:1", "fox1", length, **options).compile().as_text()
-  assert kernels_in(text) == list(_KERNELS)
+  assert inspect_gpu.kernels_in(text) == list(_KERNELS)
 
 
 @pytest.mark.slow
@@ -239,7 +231,7 @@ def test_options_and_uneven_lengths_compile(
 def test_it_compiles_on_eight_gpus(mesh_shape: tuple[int, ...]) -> None:
   """Rows and heads spread; in the last one two devices share each key/value head."""
   text = lower("h100:8", "fox1", 2048, mesh_shape).compile().as_text()
-  assert kernels_in(text) == list(_KERNELS)
+  assert inspect_gpu.kernels_in(text) == list(_KERNELS)
 
 
 @pytest.mark.slow

@@ -1,5 +1,4 @@
-"""Attention as Triton kernels for NVIDIA GPUs, forward and backward, that go only where something is
-seen.
+"""Attention as Triton kernels for NVIDIA GPUs, that go only where something is seen.
 
 The online softmax and its recomputing backward are those of FlashAttention-2 (Dao 2023,
 arXiv:2307.08691), with the keys' gradients in a kernel of their own: a program per block of keys
@@ -26,7 +25,6 @@ from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_gpu_kernels, ranges, visible
 from slmjax.kernels.attention.online_softmax import delta
 from slmjax.kernels.attention.pallas_gpu_kernels import NARROWEST, Sizes, Static, Tile
-
 
 # Wider than any row, and far enough from the largest integer to subtract from.
 _NO_WINDOW = 2**30
@@ -187,8 +185,7 @@ def _backward(
   delta_BNS = jnp.swapaxes(delta(o_BSNU, do_BSNU, dlse_BSN), 1, 2)
   more = {
     "do": do_BSNU,
-    # Without anything visible any number will do: the exponential of hidden scores is zero.
-    "lse": jnp.where(lse_BNS == -jnp.inf, 0.0, lse_BNS),
+    "powers": pallas_gpu_kernels.powers_of_logsumexp(lse_BNS, options.softcap),
     "delta": _pad(delta_BNS, lse_BNS.shape[2]),
   }
   q, k, v = (_like(inputs, x.shape, x.dtype) for x in inputs[:3])
@@ -279,7 +276,7 @@ def _specs(static: Static, inputs: _Inputs, own: str) -> dict[str, pl.BlockSpec]
     **dict.fromkeys(("do", "o"), query[U]),
     **dict.fromkeys(("k", "dk"), keys[H]),
     **dict.fromkeys(("v", "dv"), keys[U]),
-    **dict.fromkeys(("lse", "delta"), of_query),
+    **dict.fromkeys(("lse", "powers", "delta"), of_query),
     "q_segments": q_segments,
     "kv_segments": kv_segments,
   }
@@ -306,7 +303,7 @@ def _call(
   own = "keys" if name == "keys" else "queries"
   shared = inputs.shared
   window = shared.q_start if shared.window is None else jnp.minimum(shared.window, _NO_WINDOW)
-  arrays = {
+  optional: dict[str, jax.Array | None] = {
     "ranges": _ranges(inputs, tile, own),
     "limits": jnp.stack([shared.q_start, window]),
     "slopes": shared.slopes_N,
@@ -318,7 +315,7 @@ def _call(
     "kv_segments": inputs.kv_segments_BT,
     **more,
   }
-  arrays = {key: x for key, x in arrays.items() if x is not None}
+  arrays = {key: x for key, x in optional.items() if x is not None}
   specs = _specs(static, inputs, own)
   blocks = arrays["ranges"].shape[1]
   return pl.pallas_call(
