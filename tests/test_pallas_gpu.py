@@ -150,7 +150,8 @@ def test_tiles_of_any_width_are_what_the_kernels_take(kind: str) -> None:
         assert size >= 16
         assert size & (size - 1) == 0
   assert pallas_gpu.tiles_for(kind, 64) == pallas_gpu.tiles_for(kind, 1)
-  assert pallas_gpu.tiles_for(kind, 576) == pallas_gpu.tiles_for(kind, 256)
+  with pytest.raises(UserError, match="'pallas_gpu': heads of 577 are wider than 576"):
+    pallas_gpu.tiles_for(kind, 577)
 
 
 def lower(

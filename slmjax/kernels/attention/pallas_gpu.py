@@ -46,7 +46,9 @@ _CAPABILITIES = {
   "H800": (9, 0),
 }
 
-# By capability and the widest head that they are for.
+# By capability and the widest head that they are for, narrow ones first. Of those that were tried,
+# the tiles with the largest share of products in the loop without masks that keep to registers and
+# to shared memory (docs/log.md, 2026-11-25); of equals the smaller, whose edges are shorter.
 _TILES = {
   (8, 0): {
     96: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
@@ -69,7 +71,7 @@ def tiles_for(device_kind: str, width: int) -> Tiles:
   """Tiles for a GPU of that name, and for the wider one of keys and values.
 
   Raises:
-    UserError: the kernels have not been compiled for such a GPU.
+    UserError: the kernels have not been compiled for such a GPU, or for heads so wide.
   """
   capability = next((x for name, x in _CAPABILITIES.items() if name in device_kind), None)
   if capability is None:
@@ -77,8 +79,13 @@ def tiles_for(device_kind: str, width: int) -> Tiles:
       f"attention implementation 'pallas_gpu': has no tiles for {device_kind!r}, only for "
       f"{', '.join(_CAPABILITIES)}; use 'chunked'"
     )
-  tiles = _TILES[capability]
-  return tiles[min((x for x in tiles if x >= width), default=max(tiles))]
+  for widest, tiles in _TILES[capability].items():
+    if width <= widest:
+      return tiles
+  raise UserError(
+    f"attention implementation 'pallas_gpu': heads of {width} are wider than {widest}; "
+    "use 'chunked'"
+  )
 
 
 class _Options(NamedTuple):

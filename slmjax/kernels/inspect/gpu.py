@@ -24,6 +24,14 @@ from slmjax.errors import UserError
 _PRODUCTS_PER_CYCLE = {"sm_80": 256, "sm_90": 512}
 
 
+# Newer versions of XLA write PTX only if asked to. Optimizing is the default; tests turn it off.
+_OPTIONS: dict[str, str | bool] = {
+  "xla_dump_emitter_re": "ptx",
+  "xla_backend_optimization_level": "3",
+  "xla_llvm_disable_expensive_passes": False,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
   """An innermost loop: what one warp issues in one turn."""
@@ -72,8 +80,7 @@ def report(lowered: jax.stages.Lowered) -> list[Kernel]:
     raise UserError("there is no Triton kernel in this program")
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    # The second names what XLA's newer versions write; older ones always do.
-    lowered.compile(compiler_options={"xla_dump_to": name, "xla_dump_emitter_re": "ptx"})
+    lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": name})
     launches = {
       launch["name"]: launch
       for path in folder.glob("*.thunk_sequence.txt")
