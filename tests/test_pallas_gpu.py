@@ -86,6 +86,7 @@ def test_parts_of_a_head_cover_it_once(width: int) -> None:
   covered = [x for start, w in parts for x in range(start, start + w)]
   assert covered == list(range(len(covered)))
   assert width <= len(covered) < width + 16
+  assert len(set(parts)) == len({w for _, w in parts})  # as few as there can be
 
 
 @pytest.mark.medium
@@ -148,13 +149,17 @@ def test_by_name_it_runs_on_gpus_that_it_knows_or_raises(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("kind", _CHIPS.values())
 def test_tiles_of_any_width_are_what_the_kernels_take(kind: str) -> None:
   for width in (1, 64, 65, 192, 256, 576):
-    for tile in pallas_gpu.tiles_for(kind, width):
+    for tile in pallas_gpu.tiles_for(kind, width, jnp.bfloat16):
       for size in tile[:2]:
         assert size >= 16
         assert size & (size - 1) == 0
-  assert pallas_gpu.tiles_for(kind, 64) == pallas_gpu.tiles_for(kind, 1)
+  tiles = functools.partial(pallas_gpu.tiles_for, kind)
+  assert tiles(64, jnp.bfloat16) == tiles(1, jnp.bfloat16)
+  assert tiles(64, jnp.float32) == tiles(128, jnp.bfloat16) != tiles(64, jnp.bfloat16)
   with pytest.raises(UserError, match="'pallas_gpu': heads of 577 are wider than 576"):
-    pallas_gpu.tiles_for(kind, 577)
+    tiles(577, jnp.bfloat16)
+  with pytest.raises(UserError, match="'pallas_gpu': heads of 289 are wider than 288"):
+    tiles(289, jnp.float32)
 
 
 def lower(
@@ -163,6 +168,7 @@ def lower(
   length: int,
   mesh_shape: tuple[int, ...] = (1, 1, 1, 1),
   sloped: bool = False,
+  dtype: Any = jnp.bfloat16,
   **options: Any,
 ) -> jax.stages.Lowered:
   """Forward and backward, in the island of the model."""
@@ -187,9 +193,9 @@ def lower(
       return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
 
     B = 2 * mesh_shape[1]
-    q = array((B, length, N, H), jnp.bfloat16, specs.act_BSNH)
-    k, v = (array((B, length, K, x), jnp.bfloat16, specs.act_BTKH(K)) for x in (H, U))
-    do = array((B, length, N, U), jnp.bfloat16, specs.act_BSNH)
+    q = array((B, length, N, H), dtype, specs.act_BSNH)
+    k, v = (array((B, length, K, x), dtype, specs.act_BTKH(K)) for x in (H, U))
+    do = array((B, length, N, U), dtype, specs.act_BSNH)
     ids = array((B, length), jnp.int32, specs.tokens_BS)
     scalar, slopes = array((), jnp.int32, P()), array((N,), jnp.float32, P())
     return jax.jit(forward_backward).lower(q, k, v, ids, do, scalar, slopes)
@@ -221,7 +227,13 @@ def test_it_compiles_without_spills(chip: str, shape: str) -> None:
 @pytest.mark.parametrize("chip", _CHIPS)
 @pytest.mark.parametrize(
   ("length", "options"),
-  [(2048, {"softcap": 50.0}), (1000, {"softcap": 50.0}), (1, {}), (127, {"sloped": True})],
+  [
+    (2048, {"softcap": 50.0}),
+    (1000, {"softcap": 50.0}),
+    (1, {}),
+    (127, {"sloped": True}),
+    (2048, {"dtype": jnp.float32}),
+  ],
 )
 def test_options_and_uneven_lengths_compile(
   chip: str, length: int, options: dict[str, Any]

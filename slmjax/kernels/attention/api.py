@@ -121,7 +121,8 @@ def attention_and_logsumexp(
       raise UserError(
         f"attention implementation 'pallas_gpu' runs on GPU, not on {_platform()}: use 'auto'"
       )
-    tiles = pallas_gpu.tiles_for(_device_kind(), max(q_BSNH.shape[3], v_BTKU.shape[3]))
+    widest = max(q_BSNH.shape[3], v_BTKU.shape[3])
+    tiles = pallas_gpu.tiles_for(_device_kind(), widest, q_BSNH.dtype)
     found = pallas_gpu.attention(*arrays, **scores, blocks=tiles)
   else:
     raise ValueError(

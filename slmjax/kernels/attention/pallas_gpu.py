@@ -67,8 +67,10 @@ _TILES = {
 }
 
 
-def tiles_for(device_kind: str, width: int) -> Tiles:
+def tiles_for(device_kind: str, width: int, dtype: Any) -> Tiles:
   """Tiles for a GPU of that name, and for the wider one of keys and values.
+
+  Heads of float32 take the room of those of bfloat16 that are twice as wide, and get their tiles.
 
   Raises:
     UserError: the kernels have not been compiled for such a GPU, or for heads so wide.
@@ -79,12 +81,13 @@ def tiles_for(device_kind: str, width: int) -> Tiles:
       f"attention implementation 'pallas_gpu': has no tiles for {device_kind!r}, only for "
       f"{', '.join(_CAPABILITIES)}; use 'chunked'"
     )
+  bfloat16s = jnp.dtype(dtype).itemsize // 2
   for widest, tiles in _TILES[capability].items():
-    if width <= widest:
+    if width * bfloat16s <= widest:
       return tiles
   raise UserError(
-    f"attention implementation 'pallas_gpu': heads of {width} are wider than {widest}; "
-    "use 'chunked'"
+    f"attention implementation 'pallas_gpu': heads of {width} are wider than "
+    f"{widest // bfloat16s}; use 'chunked'"
   )
 
 

@@ -180,7 +180,17 @@ def _products(name: str) -> float:
 
 def table(kernels: Sequence[Kernel]) -> str:
   """The kernels as lines of text, a line per loop."""
-  head = ("kernel", "registers", "spilled", "shared", "loop", "products", "special", "share", "note")
+  head = (
+    "kernel",
+    "registers",
+    "spilled",
+    "shared",
+    "loop",
+    "products",
+    "special",
+    "share",
+    "note",
+  )
   rows: list[tuple[str, ...]] = [head]
   for x in kernels:
     note = "products serialized" if x.serialized else ""
