@@ -4,6 +4,7 @@ That they equal the equations is in test_attention.py, and here for any tiles; t
 compile (slow) skip without the compilers of requirements-compile.txt.
 """
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -24,12 +25,15 @@ from slmjax.errors import UserError
 from slmjax.kernels.attention import api, pallas_gpu, pallas_gpu_kernels, ranges, visible
 from slmjax.kernels.attention.pallas_gpu_kernels import Tile
 from slmjax.kernels.inspect import gpu as inspect_gpu
+from slmjax.recipe import load_recipe
+from slmjax.train import compile_step
 from tests import reference_attention
 from tests.attention_cases import TOLERANCE, Case, assert_close, draw, expect_case, run, segments
 
 # Of JAX 0.12: it is going to remove the compiler of these kernels, see docs/design.md.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
+_FOX1 = Path(__file__).parent.parent / "configs" / "fox1.py"
 _KERNELS = ("attention_backward_keys", "attention_backward_queries", "attention_forward")
 _CHIPS = {"a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3"}
 # Heads, key/value heads, width of queries and keys, width of values.
@@ -251,14 +255,27 @@ def test_it_compiles_on_eight_gpus(mesh_shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_train_steps_of_full_fox1_contain_it(stage: int) -> None:
+  if missing := topology.missing_compiler("h100:8"):
+    pytest.skip(missing)
+  config = load_recipe(str(_FOX1))
+  compute = dataclasses.replace(config.compute, attention="pallas_gpu")
+  config = dataclasses.replace(config, compute=compute)
+  mesh = sharding.make_mesh((1, 8, 1, 1), topology.devices("h100:8"))
+  with jax.set_mesh(mesh):
+    text = compile_step(config, stage, mesh).as_text()
+  assert set(inspect_gpu.kernels_in(text)) == set(_KERNELS)
+
+
+@pytest.mark.slow
 def test_full_fox1_trains_on_eight_h100() -> None:
   """All three stages, and not more memory than 'chunked' needs but for a hundredth."""
   if missing := topology.missing_compiler("h100:8"):
     pytest.skip(missing)
   need = {}
-  recipe = Path(__file__).parent.parent / "configs" / "fox1.py"
   for name in ("pallas_gpu", "chunked"):
-    flags = [f"--config={recipe}", "--topology=h100:8", f"--config.compute.attention={name}"]
+    flags = [f"--config={_FOX1}", "--topology=h100:8", f"--config.compute.attention={name}"]
     command = [sys.executable, "-m", "slmjax.preflight", *flags, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
