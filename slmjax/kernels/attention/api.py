@@ -127,13 +127,11 @@ def _run(implementation: str, arrays: Any, scores: dict[str, Any]) -> tuple[jax.
         f"not on {_platform()}: use 'auto'"
       )
     if implementation == "pallas_tpu":
-      blocks_of_tpu, where = _tpu_tiles(q_BSNH, k_BTKH, v_BTKU)
-      _say(
-        f"attention: pallas_tpu in blocks of {blocks_of_tpu.queries} by {blocks_of_tpu.keys}, {where}"
-      )
+      blocks_of_tpu, why = _tpu_tiles(q_BSNH, k_BTKH, v_BTKU)
+      sizes = f"{blocks_of_tpu.queries} by {blocks_of_tpu.keys} positions"
+      _say(f"attention: pallas_tpu in blocks of {sizes}, {why}")
       return pallas_tpu.attention(*arrays, **scores, blocks=blocks_of_tpu)
-    blocks_of_gpu = pallas_gpu.tiles_for(_device_kind(), max(q_BSNH.shape[3], v_BTKU.shape[3]))
-    return pallas_gpu.attention(*arrays, **scores, blocks=blocks_of_gpu)
+    return pallas_gpu.attention(*arrays, **scores, blocks=_gpu_tiles(q_BSNH, v_BTKU))
   raise ValueError(
     f"attention implementation {implementation!r} does not exist: use 'auto' or one of "
     f"{', '.join(IMPLEMENTATIONS)}"
@@ -145,6 +143,11 @@ def _tpu_tiles(
 ) -> tuple[pallas_tpu.Blocks, str]:
   group = q_BSNH.shape[2] // k_BTKH.shape[2]
   return tiles.blocks_for(_device_kind(), group, q_BSNH.shape[3], v_BTKU.shape[3])
+
+
+def _gpu_tiles(q_BSNH: jax.Array, v_BTKU: jax.Array) -> pallas_gpu.Tiles:
+  widest = max(q_BSNH.shape[3], v_BTKU.shape[3])
+  return pallas_gpu.tiles_for(_device_kind(), widest, q_BSNH.dtype)
 
 
 def _sink(o_BSNU: jax.Array, lse_BSN: jax.Array, sinks_N: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -179,7 +182,11 @@ def _refusal(
   if kernel == "pallas_tpu":
     arrays = (q_BSNH, k_BTKH, v_BTKU)
     return pallas_tpu.refusal(*arrays, _tpu_tiles(*arrays)[0])
-  return pallas_gpu.unknown_device(_device_kind()) or pallas_gpu.refusal(q_BSNH, scale)
+  try:
+    _gpu_tiles(q_BSNH, v_BTKU)
+  except UserError as error:
+    return str(error)
+  return pallas_gpu.refusal(q_BSNH, scale)
 
 
 @functools.cache  # So that each choice is logged once, not once per layer and trace.

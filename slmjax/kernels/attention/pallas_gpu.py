@@ -1,5 +1,4 @@
-"""Attention as Triton kernels for NVIDIA GPUs, forward and backward, that go only where something is
-seen.
+"""Attention as Triton kernels for NVIDIA GPUs, that go only where something is seen.
 
 The online softmax and its recomputing backward are those of FlashAttention-2 (Dao 2023,
 arXiv:2307.08691), with the keys' gradients in a kernel of their own: a program per block of keys
@@ -27,7 +26,6 @@ from slmjax.kernels.attention import pallas_gpu_kernels, ranges, visible
 from slmjax.kernels.attention.online_softmax import delta
 from slmjax.kernels.attention.pallas_gpu_kernels import NARROWEST, Sizes, Static, Tile
 
-
 # Wider than any row, and far enough from the largest integer to subtract from.
 _NO_WINDOW = 2**30
 
@@ -48,7 +46,9 @@ _CAPABILITIES = {
   "H800": (9, 0),
 }
 
-# By capability and the widest head that they are for.
+# By capability and the widest head that they are for, narrow ones first. Of those that were tried,
+# the tiles with the largest share of products in the loop without masks that keep to registers and
+# to shared memory (docs/log.md, 2026-11-25); of equals the smaller, whose edges are shorter.
 _TILES = {
   (8, 0): {
     96: Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
@@ -67,23 +67,28 @@ _TILES = {
 }
 
 
-def unknown_device(device_kind: str) -> str | None:
-  """Why there are no tiles for GPUs of that name, or None."""
-  if any(name in device_kind for name in _CAPABILITIES):
-    return None
-  return f"has no tiles for {device_kind!r}, only for {', '.join(_CAPABILITIES)}"
-
-
-def tiles_for(device_kind: str, width: int) -> Tiles:
+def tiles_for(device_kind: str, width: int, dtype: Any) -> Tiles:
   """Tiles for a GPU of that name, and for the wider one of keys and values.
 
+  Heads of float32 take the room of those of bfloat16 that are twice as wide, and get their tiles.
+
   Raises:
-    UserError: the kernels have not been compiled for such a GPU.
+    UserError: the kernels have not been compiled for such a GPU, or for heads so wide.
   """
-  if (why := unknown_device(device_kind)) is not None:
-    raise UserError(f"attention implementation 'pallas_gpu': {why}; use 'chunked'")
-  tiles = _TILES[next(x for name, x in _CAPABILITIES.items() if name in device_kind)]
-  return tiles[min((x for x in tiles if x >= width), default=max(tiles))]
+  capability = next((x for name, x in _CAPABILITIES.items() if name in device_kind), None)
+  if capability is None:
+    raise UserError(
+      f"attention implementation 'pallas_gpu': has no tiles for {device_kind!r}, only for "
+      f"{', '.join(_CAPABILITIES)}; use 'chunked'"
+    )
+  bfloat16s = jnp.dtype(dtype).itemsize // 2
+  for widest, tiles in _TILES[capability].items():
+    if width * bfloat16s <= widest:
+      return tiles
+  raise UserError(
+    f"attention implementation 'pallas_gpu': heads of {width} are wider than "
+    f"{widest // bfloat16s}; use 'chunked'"
+  )
 
 
 class _Options(NamedTuple):
@@ -190,8 +195,7 @@ def _backward(
   delta_BNS = jnp.swapaxes(delta(o_BSNU, do_BSNU, dlse_BSN), 1, 2)
   more = {
     "do": do_BSNU,
-    # Without anything visible any number will do: the exponential of hidden scores is zero.
-    "lse": jnp.where(lse_BNS == -jnp.inf, 0.0, lse_BNS),
+    "powers": pallas_gpu_kernels.powers_of_logsumexp(lse_BNS, options.softcap),
     "delta": _pad(delta_BNS, lse_BNS.shape[2]),
   }
   q, k, v = (_like(inputs, x.shape, x.dtype) for x in inputs[:3])
@@ -282,7 +286,7 @@ def _specs(static: Static, inputs: _Inputs, own: str) -> dict[str, pl.BlockSpec]
     **dict.fromkeys(("do", "o"), query[U]),
     **dict.fromkeys(("k", "dk"), keys[H]),
     **dict.fromkeys(("v", "dv"), keys[U]),
-    **dict.fromkeys(("lse", "delta"), of_query),
+    **dict.fromkeys(("lse", "powers", "delta"), of_query),
     "q_segments": q_segments,
     "kv_segments": kv_segments,
   }
@@ -309,7 +313,7 @@ def _call(
   own = "keys" if name == "keys" else "queries"
   shared = inputs.shared
   window = shared.q_start if shared.window is None else jnp.minimum(shared.window, _NO_WINDOW)
-  arrays = {
+  optional: dict[str, jax.Array | None] = {
     "ranges": _ranges(inputs, tile, own),
     "limits": jnp.stack([shared.q_start, window]),
     "slopes": shared.slopes_N,
@@ -321,7 +325,7 @@ def _call(
     "kv_segments": inputs.kv_segments_BT,
     **more,
   }
-  arrays = {key: x for key, x in arrays.items() if x is not None}
+  arrays = {key: x for key, x in optional.items() if x is not None}
   specs = _specs(static, inputs, own)
   blocks = arrays["ranges"].shape[1]
   return pl.pallas_call(

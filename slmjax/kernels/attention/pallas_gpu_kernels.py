@@ -1,4 +1,4 @@
-"""The bodies of the GPU attention kernels: what one program of the grid computes. See pallas_gpu.py.
+"""The bodies of the GPU attention kernels: what a program of the grid computes. See pallas_gpu.py.
 
 S query positions, T key positions, Q query positions and P key positions of a block, G query heads
 per key/value head, H width of queries and keys, U width of values, X and Y the rows and columns of
@@ -65,11 +65,6 @@ class Static(NamedTuple):
       return 2.0 * self.softcap * _LOG2E
     return 1.0 if self.sloped else self.scale * _LOG2E
 
-  @property
-  def shift(self) -> float:
-    """By how much scores times `unit`, as exponents of e, are above the scores they stand for."""
-    return 0.0 if self.softcap is None else self.softcap
-
 
 class Scalars(NamedTuple):
   """What a program reads before it starts. `limits`: q_start and window."""
@@ -77,6 +72,19 @@ class Scalars(NamedTuple):
   ranges: Any
   limits: Any
   slopes: Any  # None without slopes
+
+
+def _shift(softcap: float | None) -> float:
+  """How far scores times `Static.unit`, as exponents of e, are above those that they stand for."""
+  return 0.0 if softcap is None else softcap
+
+
+def powers_of_logsumexp(lse: jax.Array, softcap: float | None) -> jax.Array:
+  """What the backward kernels subtract from scores times `Static.unit`.
+
+  Where nothing is visible any number will do: the exponential of hidden scores is zero.
+  """
+  return jnp.where(lse == -jnp.inf, 0.0, (lse + _shift(softcap)) * _LOG2E)
 
 
 def read_scalars(static: Static, refs: Any) -> tuple[Scalars, tuple[Any, ...]]:
@@ -112,7 +120,8 @@ def _masks(
 
 
 def _load(ref: Any, at: Any, width: int, positions: tuple[Any, int, int] | None) -> list[jax.Array]:
-  """The parts of the heads at `at`, the index of all axes but the last; zeros for what is not there."""
+  """The parts of the heads at `at`, which indexes all axes but the last; zeros for what is not
+  there."""
   found = []
   for columns, mask in _masks(width, positions):
     other = None if mask is None else 0.0
@@ -138,7 +147,8 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 def _products(x_XH: list[jax.Array], y_YH: list[jax.Array]) -> jax.Array:
   """[X, Y]: the sums over the width, part by part."""
   last_last = (((1,), (1,)), ((), ()))
-  return sum(_dot(x, y, last_last) for x, y in zip(x_XH, y_YH, strict=True))
+  products = [_dot(x, y, last_last) for x, y in zip(x_XH, y_YH, strict=True)]
+  return functools.reduce(jnp.add, products)
 
 
 def _add_products(
@@ -194,11 +204,12 @@ def _instructions(code: str, x: jax.Array, *more: jax.Array) -> jax.Array:
 
 
 class _Positions(NamedTuple):
-  """Of one axis of a block of scores: where it starts on its own axis, its indices [X, 1] or [1, Y]
-  counted from there, and segment ids. Padding's queries have an id that no key has."""
+  """Of one axis of a block of scores: where the block starts on the queries' or the keys' axis; and
+  [X, 1] or [1, Y], how far each position is from there, and its segment id. Padding's queries have
+  an id that no key has."""
 
   first: Any
-  index: jax.Array
+  offset: jax.Array
   segments: jax.Array
 
 
@@ -222,13 +233,12 @@ def _scores(
     slope_XY = 4.0 * scores_XY * (1.0 - scores_XY)
   ahead = scalars.limits[0] + queries.first - keys.first
   if static.sloped:
-    past_XY = ahead.astype(jnp.float32) + queries.index.astype(jnp.float32)
-    past_XY = past_XY - keys.index.astype(jnp.float32)
+    past_XY = (queries.offset + ahead).astype(jnp.float32) - keys.offset.astype(jnp.float32)
     scores_XY = products_XY * (static.scale * _LOG2E) - (slope * _LOG2E) * past_XY
   if edge:
-    seen_XY = (keys.segments == queries.segments) & (keys.index <= queries.index + ahead)
+    seen_XY = (keys.segments == queries.segments) & (keys.offset <= queries.offset + ahead)
     if static.windowed:
-      seen_XY &= keys.index > queries.index + (ahead - scalars.limits[1])
+      seen_XY &= keys.offset > queries.offset + (ahead - scalars.limits[1])
     scores_XY = jnp.where(seen_XY, scores_XY, HIDDEN)
   return scores_XY, slope_XY
 
@@ -303,22 +313,21 @@ def attention_forward(static: Static, *refs: Any) -> None:
   safe_sum_Q = jnp.where(saw_Q, sum_Q, 1.0)
   share_Q1 = jnp.where(saw_Q, 1.0 / safe_sum_Q, 0.0)[:, None]
   _store(o_QU, [acc_QU * share_Q1 for acc_QU in acc_U], U, rows)
-  lse_Q[...] = jnp.where(
-    saw_Q, top_Q * (unit * _LN2) - static.shift + jnp.log(safe_sum_Q), -jnp.inf
-  )
+  top_Q = top_Q * (unit * _LN2) - _shift(static.softcap)
+  lse_Q[...] = jnp.where(saw_Q, top_Q + jnp.log(safe_sum_Q), -jnp.inf)
 
 
 def _weights(
   static: Static,
   scores: tuple[jax.Array, jax.Array | None],
-  lse_XY: jax.Array,
+  powers_XY: jax.Array,
   dweights_XY: jax.Array,
   delta_XY: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """The weights again, and the gradient of the products of queries and keys before scaling. lse
-  and delta have an axis of size 1."""
+  """The weights again, and the gradient of the products of queries and keys before scaling. The
+  powers of the log-sum-exp and delta have an axis of size 1."""
   scores_XY, slope_XY = scores
-  weights_XY = _exp2(static, scores_XY, static.unit, (lse_XY + static.shift) * _LOG2E)
+  weights_XY = _exp2(static, scores_XY, static.unit, powers_XY)
   dscores_XY = weights_XY * (dweights_XY - delta_XY)
   return weights_XY, dscores_XY if slope_XY is None else dscores_XY * slope_XY
 
@@ -326,7 +335,7 @@ def _weights(
 def attention_backward_queries(static: Static, *refs: Any) -> None:
   """The gradient of a block of queries."""
   scalars, refs = read_scalars(static, refs)
-  q_QH, k_TH, v_TU, q_segments_Q, kv_segments_T, do_QU, lse_Q, delta_Q, dq_QH = refs
+  q_QH, k_TH, v_TU, q_segments_Q, kv_segments_T, do_QU, powers_Q, delta_Q, dq_QH = refs
   (Q, P), (S, T, _, H, U) = static.tile[:2], static.sizes
   first = _query_block() * Q
   rows = _rows(first, Q, S)
@@ -334,7 +343,7 @@ def attention_backward_queries(static: Static, *refs: Any) -> None:
   queries = _Positions(first, jnp.arange(Q)[:, None], q_segments_Q[...][:, None])
   q_H = _load(q_QH, (slice(None),), H, rows)
   do_U = _load(do_QU, (slice(None),), U, rows)
-  lse_Q1, delta_Q1 = lse_Q[...][:, None], delta_Q[...][:, None]
+  powers_Q1, delta_Q1 = powers_Q[...][:, None], delta_Q[...][:, None]
 
   def step(_: Any, block: Any, acc_H: Any, edge: bool) -> Any:
     here = pl.ds(block * P, P)
@@ -343,7 +352,7 @@ def attention_backward_queries(static: Static, *refs: Any) -> None:
     keys = _Positions(block * P, jnp.arange(P)[None, :], kv_segments_T[here][None, :])
     scores = _scores(static, _products(q_H, k_H), scalars, slope, queries, keys, edge)
     dweights_QP = _products(do_U, _load(v_TU, (here,), U, there))
-    _, dscores_QP = _weights(static, scores, lse_Q1, dweights_QP, delta_Q1)
+    _, dscores_QP = _weights(static, scores, powers_Q1, dweights_QP, delta_Q1)
     return _add_products(acc_H, dscores_QP, k_H)
 
   acc_H = _over_blocks(scalars.ranges, 1, step, _zeros(Q, H))
@@ -353,7 +362,7 @@ def attention_backward_queries(static: Static, *refs: Any) -> None:
 def attention_backward_keys(static: Static, *refs: Any) -> None:
   """The gradients of a block of keys and values, over all query heads that they serve."""
   scalars, refs = read_scalars(static, refs)
-  q_SGH, k_PH, v_PU, q_segments_S, kv_segments_P, do_SGU, lse_GS, delta_GS, dk_PH, dv_PU = refs
+  q_SGH, k_PH, v_PU, q_segments_S, kv_segments_P, do_SGU, powers_GS, delta_GS, dk_PH, dv_PU = refs
   (Q, P), (S, T, G, H, U) = static.tile[:2], static.sizes
   first = pl.program_id(2) * P
   rows = _rows(first, P, T)
@@ -371,9 +380,9 @@ def attention_backward_keys(static: Static, *refs: Any) -> None:
     queries = _Positions(block * Q, jnp.arange(Q)[None, :], q_segments_S[here][None, :])
     scores = _scores(static, _products(k_H, q_H), scalars, slope, queries, keys, edge)
     do_U = _load(do_SGU, (here, head), U, there)
-    lse_1Q, delta_1Q = lse_GS[head, here][None, :], delta_GS[head, here][None, :]
+    powers_1Q, delta_1Q = powers_GS[head, here][None, :], delta_GS[head, here][None, :]
     dweights_PQ = _products(v_U, do_U)
-    weights_PQ, dscores_PQ = _weights(static, scores, lse_1Q, dweights_PQ, delta_1Q)
+    weights_PQ, dscores_PQ = _weights(static, scores, powers_1Q, dweights_PQ, delta_1Q)
     return _add_products(dk_H, dscores_PQ, q_H), _add_products(dv_U, weights_PQ, do_U)
 
   dk_H, dv_U = _over_blocks(scalars.ranges, G, step, (_zeros(P, H), _zeros(P, U)))

@@ -17,12 +17,19 @@ from typing import Any
 
 import jax
 
-from slmjax import topology
 from slmjax.errors import UserError
 
 # Products of bfloat16 that the tensor core of a warp's quarter of a multiprocessor adds up in a
 # cycle: NVIDIA's peak of the chip, spread over clock, multiprocessors and quarters.
 _PRODUCTS_PER_CYCLE = {"sm_80": 256, "sm_90": 512}
+
+
+# Newer versions of XLA write PTX only if asked to. Optimizing is the default; tests turn it off.
+_OPTIONS: dict[str, str | bool] = {
+  "xla_dump_emitter_re": "ptx",
+  "xla_backend_optimization_level": "3",
+  "xla_llvm_disable_expensive_passes": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +73,33 @@ def report(lowered: jax.stages.Lowered) -> list[Kernel]:
   Raises:
     UserError: a tool is not installed, or there is no such kernel in the program.
   """
-  tools = {name: _tool(name) for name in ("ptxas", "nvdisasm")}
+  if missing := missing_tool():
+    raise UserError(missing)
+  wanted = set(kernels_in(lowered.as_text()))
+  if not wanted:
+    raise UserError("there is no Triton kernel in this program")
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    # The second names what XLA's newer versions write; older ones always do.
-    lowered.compile(compiler_options={"xla_dump_to": name, "xla_dump_emitter_re": "ptx"})
+    lowered.compile(compiler_options={**_OPTIONS, "xla_dump_to": name})
     launches = {
       launch["name"]: launch
       for path in folder.glob("*.thunk_sequence.txt")
       for launch in _LAUNCH.finditer(path.read_text())
+      if launch["name"] in wanted
     }
     kernels = [
-      _read(entry, path, launches[entry], tools)
+      _read(entry, path, launches[entry])
       for path in folder.glob("*.ptx")
       for entry in re.findall(r"\.visible \.entry (\w+)\(", path.read_text())
       if entry in launches
     ]
-  if not kernels:
-    raise UserError("there is no Triton kernel in this program")
   return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def kernels_in(text: str) -> list[str]:
+  """The names of a program's calls of Triton kernels, from its text before or after compiling."""
+  calls = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+  return sorted(name for line in calls for name in re.findall(r'\bname = "(\w+)"', line))
 
 
 _LAUNCH = re.compile(
@@ -93,16 +108,16 @@ _LAUNCH = re.compile(
 )
 
 
-def _read(name: str, ptx: Path, launch: re.Match[str], tools: dict[str, str]) -> Kernel:
+def _read(name: str, ptx: Path, launch: re.Match[str]) -> Kernel:
   target = re.findall(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)[0]
   cubin = ptx.with_suffix(".cubin")
-  said = _run(tools["ptxas"], "-v", f"-arch={target}", str(ptx), "-o", str(cubin))
+  said = _run("ptxas", "-v", f"-arch={target}", str(ptx), "-o", str(cubin))
   about = re.split(r"Compiling entry function", said)
   (mine,) = (text for text in about if text.lstrip().startswith(f"'{name}'"))
   registers, spills = (
     re.findall(pattern, mine)[0] for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill st")
   )
-  machine = machine_code(_run(tools["nvdisasm"], "-c", str(cubin)), name)
+  machine = machine_code(_run("nvdisasm", "-c", str(cubin)), name)
   return Kernel(
     name=name,
     target=target,
@@ -137,8 +152,8 @@ def loops(machine: str, target: str) -> tuple[Loop, ...]:
       if found[1].startswith("BRA") and back and back[1] in labels:
         spans.append((labels[back[1]], len(names)))
   inner = [x for x in spans if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in spans)]
-  found = [_loop(names[start:end], target) for start, end in inner]
-  return tuple(x for x in found if x.tensor) or tuple(found)
+  every = tuple(_loop(names[start:end], target) for start, end in inner)
+  return tuple(loop for loop in every if loop.tensor) or every
 
 
 def _loop(names: Sequence[str], target: str) -> Loop:
@@ -165,8 +180,18 @@ def _products(name: str) -> float:
 
 def table(kernels: Sequence[Kernel]) -> str:
   """The kernels as lines of text, a line per loop."""
-  head = ("kernel", "registers", "spilled", "shared", "loop", "tensor", "special", "share", "note")
-  rows = [head]
+  head = (
+    "kernel",
+    "registers",
+    "spilled",
+    "shared",
+    "loop",
+    "products",
+    "special",
+    "share",
+    "note",
+  )
+  rows: list[tuple[str, ...]] = [head]
   for x in kernels:
     note = "products serialized" if x.serialized else ""
     for loop in x.loops:
@@ -188,19 +213,25 @@ def as_json(kernels: Sequence[Kernel]) -> list[dict[str, Any]]:
   return [{**dataclasses.asdict(x), "loops": [loop(y) for y in x.loops]} for x in kernels]
 
 
-def _tool(name: str) -> str:
+def missing_tool() -> str | None:
+  """What has to be installed before `report` can work, or None."""
+  missing = [name for name in ("ptxas", "nvdisasm") if _tool(name) is None]
+  if missing:
+    return f"{missing[0]} is not installed: run `pip install -r requirements-compile.txt`"
+  return None
+
+
+def _tool(name: str) -> str | None:
   """NVIDIA's tool in one of their wheels, or on the PATH."""
   wheel = importlib.util.find_spec("nvidia")
   places = [] if wheel is None else list(wheel.submodule_search_locations or ())
   found = [path for place in places for path in Path(place).glob(f"*/bin/{name}")]
-  tool = str(found[0]) if found else shutil.which(name)
-  if tool is None:
-    raise UserError(f"{name} is not installed: run `pip install -r requirements-compile.txt`")
-  return tool
+  return str(found[0]) if found else shutil.which(name)
 
 
-def _run(*command: str) -> str:
+def _run(name: str, *arguments: str) -> str:
+  command = [_tool(name) or name, *arguments]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
-    raise UserError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()[-300:]}")
+    raise UserError(f"{name} failed: {(done.stderr or done.stdout).strip()[-300:]}")
   return done.stdout + done.stderr
