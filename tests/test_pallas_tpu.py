@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from slmjax import sharding, topology
 from slmjax.errors import UserError
+from slmjax.kernels import programs
 from slmjax.kernels.attention import api, pallas_tpu, tiles, visible
 from slmjax.kernels.attention.pallas_tpu import Blocks
 from slmjax.kernels.shapes import ATTENTION
@@ -174,6 +176,84 @@ def test_a_chip_is_written_into_the_table_beside_the_others(
     "v5e": {"8x64x64": [256, 512]},
     "v6e": {"1x64x64": [512, 512]},
   }
+
+
+def on_two_cores(case: Case, arrays: Any) -> list[Any]:
+  """Output and gradients by the kernels, on a chip whose cores share the key/value heads out."""
+  two_cores = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+
+  def attend(q: Any, k: Any, v: Any, qs: Any, ks: Any, q_start: Any) -> Any:
+    nothing: dict[str, Any] = dict(window=None, softcap=None, slopes_N=None)
+    options = dict(scale=0.1, blocks=Blocks(128, 128), interpret=two_cores)
+    return pallas_tpu.attention(
+      q, k, v, jnp.asarray(qs), jnp.asarray(ks), q_start, **nothing, **options
+    )[0]
+
+  return run(attend, *arrays, case.q_start)
+
+
+ON_TWO_CORES = Case(S=200, N=4, K=2, B=1, documents=90, padding=20)
+
+
+@pytest.mark.medium
+def test_two_cores_do_not_race(capsys: pytest.CaptureFixture[str]) -> None:
+  arrays = draw(ON_TWO_CORES)
+  got = on_two_cores(ON_TWO_CORES, arrays)
+  assert_close(got, expect_case(ON_TWO_CORES, arrays, 0.1), TOLERANCE["float32"])
+  assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.mark.medium
+def test_a_race_would_be_seen(
+  capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """If the cores shared out the steps of the walk, they would write the same blocks."""
+  monkeypatch.setattr(pltpu, "ARBITRARY", pltpu.PARALLEL)
+  raised = ""
+  try:
+    on_two_cores(ON_TWO_CORES, draw(ON_TWO_CORES))
+  except jax.errors.JaxRuntimeError as error:  # as newer versions of JAX report a race
+    raised = str(error)
+    pltpu.reset_tpu_interpret_mode_state()
+  assert "RACE DETECTED" in capsys.readouterr().out + raised
+
+
+@pytest.mark.medium
+@pytest.mark.usefixtures("on_tpu")
+def test_keys_that_do_not_fit_go_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Five blocks of keys, two at a time: their gradients are those of all at once."""
+  two_blocks = 2 * 128 * 2 * 128 * (4 + 2 * 4)
+  monkeypatch.setattr(pallas_tpu, "_VMEM_OF_KEYS", two_blocks)
+  case = Case(S=130, T=600, q_start=400, N=4, K=2, B=1, documents=200, window=350, softcap=3.0)
+  arrays = draw(case)
+  attend = functools.partial(api.attention, scale=0.15, implementation="pallas_tpu", **case.static)
+  got = run(attend, *arrays, case.q_start, **case.traced_arrays)
+  assert_close(got, expect_case(case, arrays, 0.15), TOLERANCE["float32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2048, 4096, 8192])
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("shape", [name for name in ATTENTION if name != "splash"])
+def test_it_compiles_for_every_chip_and_shape(shape: str, chip: str, length: int) -> None:
+  if missing := topology.missing_compiler(programs.TARGETS[chip]):
+    pytest.skip(missing)
+  lowered = programs.lower_attention(chip, ATTENTION[shape], length, rows=1)
+  text = lowered.as_text()
+  assert text.count("@tpu_custom_call") == 2, "auto takes the kernels"
+  assert all(name in text for name in ("attention_o_lse", "attention_dq_dk_dv"))
+  compiled = lowered.compile()
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+
+
+@pytest.mark.slow
+def test_rows_longer_than_the_memory_of_a_core_compile() -> None:
+  """32K positions: the gradients of keys and values in two ranges."""
+  if missing := topology.missing_compiler("v5p:2x2x1"):
+    pytest.skip(missing)
+  lowered = programs.lower_attention("v5p", ATTENTION["fox1"], 32768, rows=1)
+  assert lowered.as_text().count("@tpu_custom_call") == 3
+  lowered.compile()
 
 
 @pytest.mark.slow

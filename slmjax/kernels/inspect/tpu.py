@@ -65,19 +65,19 @@ class Dump:
   def __init__(self, folder: Path):
     self._folder = folder
 
-  def kernels(self, prefix: str, compile_program: Callable[[], Any]) -> list[TpuKernel]:
-    """Compiles, and reads the kernels whose `pallas_call` has a name that begins with `prefix`, in
-    the order in which they were compiled."""
+  def kernels(self, name: str, compile_program: Callable[[], Any]) -> list[TpuKernel]:
+    """Compiles, and reads the kernels with `name` in that of their `pallas_call`, in the order in
+    which they were compiled."""
     for file in self._folder.iterdir():
       file.unlink()
     compile_program()
     found = []
     for file in sorted(self._folder.glob("*-final_bundles.txt")):
-      name = re.fullmatch(r"\d+-(.*?)-\d+-final_bundles\.txt", file.name)
-      if name and prefix in name[1] and "schedule-analysis" not in file.name:
-        found.append(read_kernel(self._folder, f"{file.name.split('-', 1)[0]}-{name[1]}"))
+      stem = re.fullmatch(r"(\d+-(.*?))-\d+-final_bundles\.txt", file.name)
+      if stem and name in stem[2]:
+        found.append(read_kernel(self._folder, stem[1]))
     if not found:
-      raise UserError(f"the compiled program has no TPU kernel called {prefix}*")
+      raise UserError(f"the compiled program has no TPU kernel with {name!r} in its name")
     return found
 
 
@@ -101,6 +101,8 @@ def read_kernel(folder: Path, stem: str) -> TpuKernel:
   capacity, use = read_utilization(
     _only(folder, f"{stem}-*-final_hlo-static-per-bundle-utilization.txt").read_text()
   )
+  if len(use) != len(bundles):
+    raise UserError(f"libtpu wrote {len(bundles)} bundles but figures for {len(use)} ({stem})")
   blocks = [use[start:stop] for start, stop in cut(bundles)]
   hottest = max(blocks, key=lambda block: sum(row[0] for row in block))
   name = stem.split("-", 1)[1]
