@@ -156,6 +156,8 @@ def test_blocks_come_from_the_table_or_by_rule() -> None:
   for group, queries in ((1, 512), (3, 256), (4, 256), (8, 128), (32, 128)):
     assert tiles.blocks_for("TPU v9", group, 128, 128) == (Blocks(queries, 512), "by rule")
   assert tiles.blocks_for("TPU v5 lite", 1, 576, 512) == (Blocks(512, 256), "by rule")
+  with pytest.raises(UserError, match=r"TPU v4 has too little vector memory, .*; use 'chunked'"):
+    tiles.blocks_for("TPU v4", 4, 128, 128)
 
 
 def test_the_table_covers_every_known_shape_of_every_chip() -> None:

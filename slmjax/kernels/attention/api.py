@@ -179,14 +179,14 @@ def _refusal(
   kernel: str, q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, scale: float
 ) -> str | None:
   """What a kernel cannot do with such arrays on such devices, or None."""
-  if kernel == "pallas_tpu":
-    arrays = (q_BSNH, k_BTKH, v_BTKU)
-    return pallas_tpu.refusal(*arrays, _tpu_tiles(*arrays)[0])
+  arrays = (q_BSNH, k_BTKH, v_BTKU)
   try:
+    if kernel == "pallas_tpu":
+      return pallas_tpu.refusal(*arrays, _tpu_tiles(*arrays)[0])
     _gpu_tiles(q_BSNH, v_BTKU)
+    return pallas_gpu.refusal(q_BSNH, scale)
   except UserError as error:
     return str(error)
-  return pallas_gpu.refusal(q_BSNH, scale)
 
 
 @functools.cache  # So that each choice is logged once, not once per layer and trace.

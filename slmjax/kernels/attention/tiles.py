@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax.durable import write_atomically
+from slmjax.errors import UserError
 from slmjax.kernels.attention.pallas_tpu_kernels import Blocks
 
 TABLE = Path(__file__).with_name("tiles.json")
@@ -35,8 +36,21 @@ def key(group: int, width: int, value_width: int) -> str:
   return f"{group}x{width}x{value_width}"
 
 
+# Chips whose cores have 16 MiB of vector memory, where the kernels want 56.
+_TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
+
+
 def blocks_for(device_kind: str, group: int, width: int, value_width: int) -> tuple[Blocks, str]:
-  """Blocks for a chip and a shape, and where they come from."""
+  """Blocks for a chip and a shape, and where they come from.
+
+  Raises:
+    UserError: no blocks fit such a chip.
+  """
+  if device_kind.startswith(_TOO_SMALL):
+    raise UserError(
+      f"attention implementation 'pallas_tpu': {device_kind} has too little vector memory, not as "
+      "v5e and newer have; use 'chunked'"
+    )
   chip = CHIPS.get(device_kind)
   if chip is not None and (found := table().get(chip, {}).get(key(group, width, value_width))):
     return Blocks(*found), f"tuned for {chip}"
