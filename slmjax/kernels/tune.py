@@ -71,15 +71,17 @@ def bundles(kind: str, blocks: Blocks, kernels: list[TpuKernel]) -> float:
   return 2 * forward + backward
 
 
-def compiled(dump: tpu.Dump, chip: str, shape: AttentionShape, blocks: Blocks) -> list[TpuKernel]:
-  """Forward and backward with these blocks; none if they do not fit."""
+def compiled(
+  dump: tpu.Dump, chip: str, shape: AttentionShape, blocks: Blocks, length: int
+) -> list[TpuKernel]:
+  """Forward and backward of one row with these blocks; none if they do not fit."""
 
   def attend(*arrays: Any, scale: float) -> jax.Array:
     return pallas_tpu.attention(
       *arrays, scale=scale, window=None, softcap=None, slopes_N=None, blocks=blocks
     )[0]
 
-  program = programs.lower_attention(chip, shape, 2048, rows=1, attend=attend)
+  program = programs.lower_attention(chip, shape, length, rows=1, attend=attend)
   try:
     return dump.kernels("attention_", program.compile)
   except jax.errors.JaxRuntimeError as error:
@@ -95,7 +97,7 @@ def tune(chip: str, names: list[str]) -> dict[str, list[int]]:
       shape = ATTENTION[name]
       found = {}
       for blocks in candidates(shape):
-        if kernels := compiled(dump, chip, shape, blocks):
+        if kernels := compiled(dump, chip, shape, blocks, 2048):
           dense, packed = (bundles(kind, blocks, kernels) for kind in ("dense", "packed"))
           found[blocks] = dense * packed
           print(
