@@ -3,6 +3,8 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV ?= .venv$(VERSION)
 BIN := $(VENV)/bin
+# Tests at a time; each takes about 2 GB.
+WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: run test test-fast test-slow lint format setup setup-dev setup-compile clean
@@ -11,10 +13,10 @@ run: setup
 	$(BIN)/python -m slmjax.quickstart --folder=runs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-fast: setup-dev
-	$(BIN)/python -m pytest -q -m "not slow and not medium"
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not medium"
 
 # Compiles the full-size programs for TPU and GPU: installs their compilers, needs no hardware.
 test-slow: setup-compile

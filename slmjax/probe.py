@@ -122,7 +122,7 @@ def cross_entropy_uses(config: Config) -> list[CrossEntropyUse]:
 
 def documents(length: int) -> np.ndarray:
   """Segment ids [length] of documents of all sorts of lengths, and padding at the end."""
-  lengths = np.random.default_rng(0).lognormal(np.log(length / 8), 1.0, size=64)
+  lengths = np.random.default_rng(0).lognormal(np.log(length / 24), 1.5, size=256)
   ends = np.cumsum(np.maximum(1, lengths.astype(np.int64)))
   ids = 1 + np.searchsorted(ends, np.arange(length), side="right")
   return np.where(np.arange(length) < length - length // 32, ids, 0).astype(np.int32)

@@ -112,14 +112,14 @@ class _Pair:
     else:
       capped = capping.cap(static.scale * products, static.softcap)
       scores = capped * LOG2_E
-    added = [self._hide - self._slope(head) for head in heads]
-    return scores + _stack(added, self._query_axis), capped
+    return scores + _stack([self._added(head) for head in heads], self._query_axis), capped
 
-  def _slope(self, head: int) -> jax.Array | float:
+  def _added(self, head: int) -> jax.Array:
+    """To a head's scores: what hides invisible pairs, and what ALiBi takes away."""
     if self._step.slopes_N is None:
-      return 0.0
+      return self._hide
     slope = self._step.slopes_N[self._first_head + head] * LOG2_E
-    return slope * self._past.astype(jnp.float32)
+    return self._hide - slope * self._past.astype(jnp.float32)
 
 
 def _stack(blocks: list[jax.Array], axis: int) -> jax.Array:

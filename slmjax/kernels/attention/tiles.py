@@ -52,7 +52,8 @@ def blocks_for(device_kind: str, group: int, width: int, value_width: int) -> tu
       "v5e and newer have; use 'chunked'"
     )
   chip = CHIPS.get(device_kind)
-  if chip is not None and (found := table().get(chip, {}).get(key(group, width, value_width))):
+  tuned = None if chip is None else table().get(chip)
+  if tuned and (found := tuned.get(key(group, width, value_width))):
     return Blocks(*found), f"tuned for {chip}"
   queries = 128
   while queries < 512 and 2 * queries * group <= _ROWS:
