@@ -20,6 +20,7 @@ import jax
 from slmjax import flops, sharding, topology
 from slmjax.config import Config
 from slmjax.errors import UserError, run_command
+from slmjax.kernels.inspect import gpu, tpu
 from slmjax.recipe import parse_with_recipe
 from slmjax.resolve import resolve_mesh
 from slmjax.train import compile_step
@@ -38,6 +39,7 @@ class StageReport:
       the program, which leaves `need` alone known. `aliased` bytes are in arguments and outputs.
     need: all of it at once.
     limit: what the chip has for a program, and `limit_source` says why that much.
+    kernels: our kernels that are in the program, by name; none where all is XLA's.
   """
 
   stage: str
@@ -52,6 +54,7 @@ class StageReport:
   need: int
   limit: int
   limit_source: str
+  kernels: tuple[str, ...]
 
   @property
   def margin(self) -> int:
@@ -82,14 +85,14 @@ def preflight(config: Config, target: str) -> list[StageReport]:
   with jax.set_mesh(mesh):
     for index, stage in enumerate(config.stages):
       begin = time.perf_counter()
-      sizes = _sizes(config, index, mesh)
+      found = _compiled(config, index, mesh)
       reports.append(
         StageReport(
           stage=stage.name,
           mesh=shape,
           microbatches=stage.microbatches(shape[0] * shape[1]),
           compile_seconds=time.perf_counter() - begin,
-          **sizes,
+          **found,
           limit=chip.memory,
           limit_source=chip.memory_source,
         )
@@ -97,13 +100,14 @@ def preflight(config: Config, target: str) -> list[StageReport]:
   return reports
 
 
-def _sizes(config: Config, stage_index: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """The size fields of a stage's report."""
+def _compiled(config: Config, stage_index: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The fields of a stage's report that the compiler fills in."""
   try:
-    memory = compile_step(config, stage_index, mesh).memory_analysis()
+    compiled = compile_step(config, stage_index, mesh)
   except jax.errors.JaxRuntimeError as error:
     unknown = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"))
-    return {**unknown, "need": refused_bytes(str(error), error)}
+    return {**unknown, "need": refused_bytes(str(error), error), "kernels": ()}
+  memory, text = compiled.memory_analysis(), compiled.as_text()
   sizes = {
     "arguments": memory.argument_size_in_bytes,
     "outputs": memory.output_size_in_bytes,
@@ -111,7 +115,9 @@ def _sizes(config: Config, stage_index: int, mesh: jax.sharding.Mesh) -> dict[st
     "temporaries": memory.temp_size_in_bytes,
     "code": memory.generated_code_size_in_bytes,
   }
-  return {**sizes, "need": sum(sizes.values()) - 2 * sizes["aliased"]}
+  kernels = dict.fromkeys([*tpu.kernels_in(text), *gpu.kernels_in(text)])
+  need = sum(sizes.values()) - 2 * sizes["aliased"]
+  return {**sizes, "need": need, "kernels": tuple(kernels)}
 
 
 def refused_bytes(message: str, error: Exception) -> int:
@@ -146,6 +152,7 @@ def table(target: str, reports: Sequence[StageReport]) -> str:
       for row in rows
     ),
     f"limit: {reports[0].limit_source}",
+    *(f"kernels of {r.stage}: {', '.join(r.kernels) or 'none but those of XLA'}" for r in reports),
   ]
   return "\n".join(lines)
 

@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
@@ -209,8 +212,17 @@ def test_two_cores_do_not_race(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_race_would_be_seen(
   capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """If the cores shared out the steps of the walk, they would write the same blocks."""
-  monkeypatch.setattr(pltpu, "ARBITRARY", pltpu.PARALLEL)
+  """If both cores wrote the output of the first head, they would write the same blocks."""
+  right = pallas_tpu._specs
+
+  def wrong(*arguments: Any) -> dict[str, pl.BlockSpec]:
+    specs = right(*arguments)
+    place = specs["o"].index_map
+    assert place is not None
+    first = pl.BlockSpec(specs["o"].block_shape, lambda head, *rest: place(0 * head, *rest))
+    return {**specs, "o": first}
+
+  monkeypatch.setattr(pallas_tpu, "_specs", wrong)
   raised = ""
   try:
     on_two_cores(ON_TWO_CORES, draw(ON_TWO_CORES))
@@ -218,6 +230,42 @@ def test_a_race_would_be_seen(
     raised = str(error)
     pltpu.reset_tpu_interpret_mode_state()
   assert "RACE DETECTED" in capsys.readouterr().out + raised
+
+
+@pytest.mark.medium
+@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,))
+@given(st.data())
+def test_any_case_equals_the_equations(data: st.DataObject) -> None:
+  K = data.draw(st.sampled_from([1, 2]))
+  softcap = data.draw(st.sampled_from([None, 1.5]))
+  S = data.draw(st.integers(1, 300))
+  q_start = data.draw(st.sampled_from([0, 0, 150]))
+  case = Case(
+    S=S,
+    T=q_start + S + data.draw(st.integers(0, 130)) if q_start else S,
+    q_start=q_start,
+    B=data.draw(st.sampled_from([1, 2])),
+    N=K * data.draw(st.sampled_from([1, 3, 5])),
+    K=K,
+    H=data.draw(st.sampled_from([8, 48, 130])),
+    U=data.draw(st.sampled_from([None, 5, 136])),
+    window=data.draw(st.sampled_from([None, 0, 1, 20, 140])),
+    softcap=softcap,
+    alibi=softcap is None and data.draw(st.booleans()),
+    documents=data.draw(st.sampled_from([0, 1, 40, 150])),
+    padding=data.draw(st.integers(0, S)),
+  )
+  sizes = st.sampled_from([128, 256])
+  blocks = Blocks(data.draw(sizes), data.draw(sizes))
+  arrays = draw(case)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(api, "_platform", lambda: "tpu")
+    patch.setattr(tiles, "blocks_for", lambda *_: (blocks, "drawn"))
+    interpreted = functools.partial(pallas_tpu.attention, interpret=True)
+    patch.setattr(pallas_tpu, "attention", interpreted)
+    attend = functools.partial(api.attention, scale=0.3, implementation="pallas_tpu", **case.static)
+    got = run(attend, *arrays, q_start, **case.traced_arrays)
+  assert_close(got, expect_case(case, arrays, 0.3), TOLERANCE["float32"])
 
 
 @pytest.mark.medium

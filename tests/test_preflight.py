@@ -35,6 +35,7 @@ def _report(need: int, limit: int) -> StageReport:
     need=need,
     limit=limit,
     limit_source="a test",
+    kernels=("attention_forward",),
   )
 
 
@@ -138,6 +139,9 @@ def test_the_table_says_what_does_not_fit() -> None:
   assert text[2].split()[-3:] == ["4.00", "1.00", "yes"]
   assert text[3].split()[-3:] == ["4.00", "-1.00", "NO"]
   assert text[4].split()[-8:] == ["-", "-", "-", "-", "5.00", "4.00", "-1.00", "NO"]
+  assert text[6] == "kernels of general: attention_forward"
+  xla = preflight.table("h100:8", [dataclasses.replace(fits, kernels=())])
+  assert "none but those of XLA" in xla
   assert preflight.as_json("h100:8", [fits])["fits"] is True
   assert preflight.as_json("h100:8", [fits, too_big])["fits"] is False
 
@@ -149,10 +153,24 @@ def _compilers(target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "replica"), [("v5e:16x16", 16), ("h100:8", 1)])
-def test_full_fox1_fits(target: str, replica: int) -> None:
-  """All three stages, by the compilers' own account. In a process of its own, as the command: the
-  GPU compiler's threads and libtpu's logs stay out of the other tests."""
+@pytest.mark.parametrize(
+  ("target", "replica", "kernels"),
+  [
+    (
+      "v5e:16x16",
+      16,
+      ["attention_dq_dk_dv", "attention_o_lse", "cross_entropy_fold", "cross_entropy_unfold"],
+    ),
+    (
+      "h100:8",
+      1,
+      ["attention_backward_keys", "attention_backward_queries", "attention_forward"],
+    ),
+  ],
+)
+def test_full_fox1_fits(target: str, replica: int, kernels: list[str]) -> None:
+  """All three stages with our kernels in them, by the compilers' own account. In a process of its
+  own, as the command: the GPU compiler's threads and libtpu's logs stay out of the other tests."""
   _compilers(target)
   flags = [f"--config={_FOX1}", f"--config.mesh.replica={replica}", f"--topology={target}"]
   run = subprocess.run(
@@ -166,6 +184,7 @@ def test_full_fox1_fits(target: str, replica: int) -> None:
   assert [stage["stage"] for stage in result["stages"]] == ["general", "curated", "instruct"]
   for stage in result["stages"]:
     assert 0 < stage["need"] <= stage["limit"]
+    assert stage["kernels"] == kernels
     # The state goes in and comes out in the same place: 12 bytes per parameter, spread over fsdp.
     state = 12 * 1_665_271_808 / stage["mesh"][1]
     assert stage["aliased"] == pytest.approx(state, rel=0.05)

@@ -95,6 +95,12 @@ def dump() -> Iterator[Dump]:
     yield Dump(Path(folder))
 
 
+def kernels_in(text: str) -> list[str]:
+  """The names of a compiled program's calls of Mosaic kernels, from its text."""
+  calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+  return sorted(name for line in calls for name in re.findall(r"(\w+)/pallas_call", line))
+
+
 def read_kernel(folder: Path, stem: str) -> TpuKernel:
   """A kernel from its two files: the bundles, and which units each of them occupies."""
   bundles = read_bundles(_only(folder, f"{stem}-*-final_bundles.txt").read_text())
