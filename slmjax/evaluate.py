@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slmjax import sharding
+from slmjax import probe, sharding
 from slmjax.data.loader import Batch, read_span, row_arrays
 from slmjax.data.store import TokenStore
 from slmjax.errors import UserError, run_command
@@ -164,6 +164,11 @@ def _window(run: Loaded, asked: int | None) -> int:
   return asked
 
 
+def _evaluator(run: Loaded, length: int) -> Evaluator:
+  probe.check(run.model.model, run.model.compute, [(run.rows, length)])
+  return Evaluator(run.rows, length)
+
+
 def _evaluate_text(run: Loaded, window: int, path: Path) -> dict[str, Any]:
   text = read_text(path)
   ids = np.array([*run.encode(text), *run.suffix], np.int32)
@@ -173,7 +178,7 @@ def _evaluate_text(run: Loaded, window: int, path: Path) -> dict[str, Any]:
     )
   # A short text does not need a whole window: one row, up to the next power of two.
   short = 1 << (len(ids) - 2).bit_length()
-  evaluator = Evaluator(run.rows, min(window, max(16, short)))
+  evaluator = _evaluator(run, min(window, max(16, short)))
   nats = evaluator.nats(run.model, ids, None, run.rope_theta)
   return figures(nats, len(ids) - 1, len(text.encode()))
 
@@ -181,7 +186,7 @@ def _evaluate_text(run: Loaded, window: int, path: Path) -> dict[str, Any]:
 def _evaluate_sources(run: Loaded, window: int, folder: Path) -> dict[str, Any]:
   if run.config is None:
     raise UserError(f"{folder} is an imported model, which has no sources; give --text=FILE")
-  results, evaluator = {}, Evaluator(run.rows, window)
+  results, evaluator = {}, _evaluator(run, window)
   for name in run.config.data.sources:
     store = TokenStore.open(Path(run.config.data.store) / name / "heldout")
     run.check_tokenizer(store)

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from slmjax import sharding
-from slmjax.config import Config
+from slmjax.config import ComputeConfig, Config
 from slmjax.errors import UserError
 from slmjax.kernels.attention import reference
 from slmjax.kernels.attention.api import attention
 from slmjax.kernels.cross_entropy.api import cross_entropy
+from slmjax.kernels.platform import platform as _platform
 from slmjax.model.position import alibi_slopes
 from slmjax.model_config import (
   AlibiPositions,
@@ -70,32 +72,42 @@ class CrossEntropyUse(NamedTuple):
   softcap: float | None
 
 
-def probe(config: Config) -> Iterator[str]:
-  """Probes every distinct use of a kernel on the mesh that was entered; yields what it found.
+def check(model: ModelConfig, compute: ComputeConfig, shapes: Sequence[tuple[int, int]]) -> None:
+  """Probes the kernels of a model for batches of such rows and lengths, and logs what it found. On
+  a CPU all is XLA, as in the tests, and nothing is probed.
 
   Raises:
     UserError: an implementation and its definition differ.
   """
-  dtype = jnp.dtype(config.compute.compute_dtype)
-  for attention_use in attention_uses(config):
-    yield probe_attention(attention_use, dtype, config.compute.attention)
-  for use in cross_entropy_uses(config):
-    yield probe_cross_entropy(use, dtype, config.compute.cross_entropy)
+  if _platform() != "cpu":
+    for line in probe(model, compute, shapes):
+      logging.info("%s", line)
 
 
-def _shapes(config: Config) -> list[tuple[int, int]]:
-  """Global rows and length of all batches of the run, training's and evaluation's."""
+def probe(
+  model: ModelConfig, compute: ComputeConfig, shapes: Sequence[tuple[int, int]]
+) -> Iterator[str]:
+  """Probes every distinct use of a kernel on the mesh that was entered; yields what it found."""
+  dtype = jnp.dtype(compute.compute_dtype)
+  for attention_use in attention_uses(model, shapes):
+    yield probe_attention(attention_use, dtype, compute.attention)
+  for use in cross_entropy_uses(model, shapes):
+    yield probe_cross_entropy(use, dtype, compute.cross_entropy)
+
+
+def shapes_of(config: Config) -> list[tuple[int, int]]:
+  """Global rows and length of all batches of a run, training's and evaluation's."""
   shards = sharding.data_shards(jax.sharding.get_abstract_mesh())
   training = [(stage.microbatch_rows * shards, stage.row_length) for stage in config.stages]
   return list(dict.fromkeys([*training, (config.eval.rows, config.eval.row_length)]))
 
 
-def attention_uses(config: Config) -> list[AttentionUse]:
+def attention_uses(model: ModelConfig, shapes: Sequence[tuple[int, int]]) -> list[AttentionUse]:
   found = [
     AttentionUse(rows, length, *call)
-    for rows, length in _shapes(config)
-    for segment in config.model.segments
-    for call in _calls(config.model, segment)
+    for rows, length in shapes
+    for segment in model.segments
+    for call in _calls(model, segment)
   ]
   return list(dict.fromkeys(found))
 
@@ -112,12 +124,11 @@ def _calls(model: ModelConfig, segment: SegmentConfig) -> Iterator[tuple[Any, ..
     yield kind.heads, kind.heads, width, kind.value_width, kind.scale, 0, None, False
 
 
-def cross_entropy_uses(config: Config) -> list[CrossEntropyUse]:
-  model = config.model
-  return [
-    CrossEntropyUse(*shape, model.embedding.width, model.vocab_size, model.logits.softcap)
-    for shape in _shapes(config)
-  ]
+def cross_entropy_uses(
+  model: ModelConfig, shapes: Sequence[tuple[int, int]]
+) -> list[CrossEntropyUse]:
+  width, softcap = model.embedding.width, model.logits.softcap
+  return [CrossEntropyUse(*shape, width, model.vocab_size, softcap) for shape in shapes]
 
 
 def documents(length: int) -> np.ndarray:

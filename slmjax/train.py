@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-from absl import logging
 from jax.experimental import multihost_utils
 
 from slmjax import checkpoint, probe, resolve, sharding
@@ -26,7 +25,6 @@ from slmjax.data.plan import Plan
 from slmjax.data.store import TokenStore
 from slmjax.durable import write_atomically
 from slmjax.evaluate import Evaluator
-from slmjax.kernels.platform import platform as _platform
 from slmjax.loaded import tokenizer_meta
 from slmjax.metrics import Reporter
 from slmjax.state import TrainState, abstract_state, enter_stage, init_state
@@ -105,9 +103,7 @@ class _Run:
       "tokenizer": tokenizer_meta(self.stores),
       "versions": checkpoint.versions(),
     }
-    if _platform() != "cpu":  # there all is XLA, as in the tests
-      for line in probe.probe(config):
-        logging.info("%s", line)
+    probe.check(config.model, config.compute, probe.shapes_of(config))
     self.first_step = self._start()
     if primary:
       write_atomically(folder / "config.json", to_json(config).encode())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slmjax import flops, probe, sharding, topology, train
+from slmjax import evaluate, flops, probe, sharding, topology, train
 from slmjax.errors import UserError
 from slmjax.kernels.attention import chunked as chunked_attention
 from slmjax.kernels.cross_entropy import chunked as chunked_cross_entropy
@@ -26,14 +27,16 @@ CROSS_ENTROPY = CrossEntropyUse(rows=4, length=24, width=32, vocabulary=300, sof
 def test_every_use_of_a_run_is_tried(enter_mesh: Any) -> None:
   with enter_mesh((1, 2, 1, 1)):
     config = small.config()
+    shapes = probe.shapes_of(config)
     # Microbatches of 2 rows on each of two data shards, in rows of 32 and twice of 64; 8 of 64 in
     # evaluations.
-    assert [use[:6] for use in probe.attention_uses(config)] == [
+    assert [use[:6] for use in probe.attention_uses(config.model, shapes)] == [
       (4, 32, 4, 2, 8, 8),
       (4, 64, 4, 2, 8, 8),
       (8, 64, 4, 2, 8, 8),
     ]
-    assert [use[:2] for use in probe.cross_entropy_uses(config)] == [(4, 32), (4, 64), (8, 64)]
+    assert shapes == [(4, 32), (4, 64), (8, 64)]
+    assert probe.cross_entropy_uses(config.model, shapes)[1] == (4, 64, 32, 384, None)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_windows_caps_slopes_and_latent_attention_are_tried(
   recipe: str, want: set[Any], enter_mesh: Any
 ) -> None:
   with enter_mesh((1, 1, 1, 1)):
-    uses = probe.attention_uses(load_recipe(recipe_path(recipe)))
+    uses = probe.attention_uses(load_recipe(recipe_path(recipe)).model, [(8, 128)])
   assert {(u.width, u.value_width, u.window, u.softcap, u.alibi) for u in uses} == want
 
 
@@ -149,19 +152,23 @@ def test_a_run_on_an_accelerator_probes_before_it_has_a_state(
 ) -> None:
   config = small.config(text_store)
 
-  def refuse(tried: Any) -> Any:
-    assert tried == config
-    raise UserError("attention is wrong")
+  def refuse(model: Any, compute: Any, shapes: Any) -> Any:
+    assert (model, compute) == (config.model, config.compute)
+    raise UserError(f"attention is wrong for {shapes}")
     yield
 
   monkeypatch.setattr(probe, "probe", refuse)
-  stages = tuple(dataclasses.replace(stage, microbatch_rows=1) for stage in config.stages[:1])
+  stages = tuple(dataclasses.replace(stage, microbatch_rows=1) for stage in config.stages)
   config = dataclasses.replace(config, stages=stages)
   assert train.run(config, tmp_path / "cpu") == 0
-  monkeypatch.setattr(train, "_platform", lambda: "tpu")
-  with pytest.raises(UserError, match="attention is wrong"):
+  monkeypatch.setattr(probe, "_platform", lambda: "tpu")
+  with pytest.raises(UserError, match=r"wrong for \[\(8, 32\), \(8, 64\)\]"):
     train.run(config, tmp_path / "tpu")
   assert not list((tmp_path / "tpu").glob("checkpoints/*"))
+
+  monkeypatch.setattr(sys, "argv", ["evaluate", f"--checkpoint={tmp_path / 'cpu'}", "--window=16"])
+  with pytest.raises(UserError, match=r"wrong for \[\(8, 16\)\]"):
+    evaluate.main()
 
 
 @pytest.mark.slow
