@@ -43,7 +43,7 @@ SPLASH = (
   (2048, 2048, 512),
 )
 # Of ours, beside those of its table.
-OURS = ((512, 1024), (1024, 512), (1024, 1024))
+OURS = ((512, 1024), (512, 2048), (1024, 512), (1024, 1024))
 ROW = "{:12} {:24} {:14} {:>9} {:>7} {:>9} {:>10}"
 
 
@@ -120,7 +120,7 @@ def theirs(dump: tpu.Dump, chip: str, length: int, blocks: tuple[int, int, int])
       o_BKGSH = jax.vmap(jax.vmap(kernel))(q_BKGSH.astype(q.dtype), k_BKTH, v_BKTH)
       return jnp.moveaxis(o_BKGSH.reshape(q.shape[0], -1, length, SHAPE.width), 1, 2)
 
-    program = programs.lower_attention(chip, SHAPE, length, rows=1, attend=attend)
+    program = programs.lower_attention(chip, SHAPE, length, rows=1, attend=attend, check_vma=False)
     try:
       forward, *backward = dump.kernels("splash_", program.compile)
     except jax.errors.JaxRuntimeError as error:

@@ -28,6 +28,7 @@ def lower_attention(
   *,
   rows: int,
   attend: Any = attention,
+  check_vma: bool = True,
   **options: Any,
 ) -> jax.stages.Lowered:
   """The lowered program of `attend`'s output and gradients, in bfloat16 on one device.
@@ -38,6 +39,7 @@ def lower_attention(
     length: of queries and keys, in positions.
     rows: of the batch.
     attend: a function with the contract of `api.attention`, called with `options`.
+    check_vma: whether its types say over which mesh axes arrays vary, as in our kernels.
   """
   mesh = sharding.make_mesh((1, 1, 1, 1), topology.devices(TARGETS[chip])[:1])
   local = functools.partial(attend, scale=shape.width**-0.5, **options)
@@ -55,7 +57,9 @@ def lower_attention(
   k, v = (array(jnp.bfloat16, shape.kv_heads, x) for x in (shape.width, shape.value_width))
   segments = array(jnp.int32)
   with jax.set_mesh(mesh):
-    island = jax.shard_map(forward_backward, in_specs=(jax.P(),) * 5, out_specs=jax.P())
+    island = jax.shard_map(
+      forward_backward, in_specs=(jax.P(),) * 5, out_specs=jax.P(), check_vma=check_vma
+    )
     return jax.jit(island).lower(q, k, v, segments, do)
 
 
