@@ -66,8 +66,8 @@ class Dump:
     self._folder = folder
 
   def kernels(self, name: str, compile_program: Callable[[], Any]) -> list[TpuKernel]:
-    """Compiles, and reads the kernels with `name` in that of their `pallas_call`, in the order in
-    which they were compiled."""
+    """Compiles, and reads the kernels with `name` in that of their `pallas_call`, in the order
+    of their names: libtpu compiles several at a time."""
     for file in self._folder.iterdir():
       file.unlink()
     compile_program()
@@ -78,7 +78,7 @@ class Dump:
         found.append(read_kernel(self._folder, stem[1]))
     if not found:
       raise UserError(f"the compiled program has no TPU kernel with {name!r} in its name")
-    return found
+    return sorted(found, key=lambda kernel: kernel.name)
 
 
 @contextlib.contextmanager
