@@ -28,7 +28,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from slmjax.errors import run_command
 from slmjax.kernels import programs, tune
 from slmjax.kernels.attention import tiles, walks
-from slmjax.kernels.attention.pallas_tpu_kernels import Blocks
+from slmjax.kernels.attention.blocks import Blocks
 from slmjax.kernels.inspect import tpu
 from slmjax.kernels.shapes import ATTENTION
 

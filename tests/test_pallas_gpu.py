@@ -25,6 +25,7 @@ from slmjax.errors import UserError
 from slmjax.kernels.attention import api, pallas_gpu, pallas_gpu_kernels, ranges, visible
 from slmjax.kernels.attention.pallas_gpu_kernels import Tile
 from slmjax.kernels.inspect import gpu as inspect_gpu
+from slmjax.kernels.shapes import ATTENTION
 from slmjax.recipe import load_recipe
 from slmjax.train import compile_step
 from tests import reference_attention
@@ -36,15 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 _FOX1 = Path(__file__).parent.parent / "configs" / "fox1.py"
 _KERNELS = ("attention_backward_keys", "attention_backward_queries", "attention_forward")
 _CHIPS = {"a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3"}
-# Heads, key/value heads, width of queries and keys, width of values.
-_SHAPES = {
-  "fox1": (16, 4, 128, 128),
-  "tinyllama": (32, 4, 64, 64),
-  "mobilellm_125m": (9, 3, 64, 64),
-  "gemma_2b": (8, 1, 256, 256),
-  "minicpm3": (40, 40, 96, 64),
-  "deepseek_v2_lite": (16, 16, 192, 128),
-}
+_SHAPES = {name: shape for name, shape in ATTENTION.items() if name != "splash"}
 
 
 @pytest.mark.parametrize("ascending", [True, False])

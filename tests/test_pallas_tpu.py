@@ -25,7 +25,7 @@ from slmjax import sharding, topology
 from slmjax.errors import UserError
 from slmjax.kernels import programs
 from slmjax.kernels.attention import api, pallas_tpu, tiles, visible
-from slmjax.kernels.attention.pallas_tpu import Blocks
+from slmjax.kernels.attention.blocks import Blocks
 from slmjax.kernels.shapes import ATTENTION
 from tests import reference_attention
 from tests.attention_cases import (

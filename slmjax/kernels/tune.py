@@ -21,7 +21,7 @@ import numpy as np
 from slmjax.errors import run_command
 from slmjax.kernels import programs
 from slmjax.kernels.attention import pallas_tpu, tiles, walks
-from slmjax.kernels.attention.pallas_tpu_kernels import Blocks
+from slmjax.kernels.attention.blocks import Blocks
 from slmjax.kernels.inspect import tpu
 from slmjax.kernels.inspect.tpu import TpuKernel
 from slmjax.kernels.shapes import ATTENTION, AttentionShape

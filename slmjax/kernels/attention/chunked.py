@@ -18,14 +18,8 @@ import jax.numpy as jnp
 
 from slmjax.kernels import capping, manual
 from slmjax.kernels.attention import visible
+from slmjax.kernels.attention.blocks import Blocks, pad
 from slmjax.kernels.attention.online_softmax import HIDDEN, delta
-
-
-class Blocks(NamedTuple):
-  """Positions per block of queries and of keys."""
-
-  queries: int
-  keys: int
 
 
 class _Static(NamedTuple):
@@ -119,7 +113,7 @@ def _backward(
     delta_SN = delta(o_SNU, do_SNU, dlse_SN)
     heads = split.q_IQKGH.shape[:-1]
     delta_IQKG1, do_IQKGU = (
-      _pad(y, 0, static.blocks.queries).reshape(*heads, -1) for y in (delta_SN, do_SNU)
+      pad(y, 0, static.blocks.queries).reshape(*heads, -1) for y in (delta_SN, do_SNU)
     )
     return _row_backward(static, split, delta_IQKG1, lse_IKGQ, do_IQKGU)
 
@@ -254,19 +248,12 @@ def _scores(
   return jnp.where(visible_QP, scores_KGQP, HIDDEN), scores_KGQP
 
 
-def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
-  """Zeros up to a whole number of blocks: segment 0, which sees nothing and is not seen."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % block)
-  return jnp.pad(x, widths)
-
-
 def _split(blocks: Blocks, arrays: tuple[jax.Array, ...], shared: _Shared) -> _Row:
   q_SNH, k_TKH, v_TKU, q_segments_S, kv_segments_T = arrays
   N, H = q_SNH.shape[1:]
   K = k_TKH.shape[1]
-  q_SNH, q_segments_S = (_pad(x, 0, blocks.queries) for x in (q_SNH, q_segments_S))
-  k_TKH, v_TKU, kv_segments_T = (_pad(x, 0, blocks.keys) for x in (k_TKH, v_TKU, kv_segments_T))
+  q_SNH, q_segments_S = (pad(x, 0, blocks.queries) for x in (q_SNH, q_segments_S))
+  k_TKH, v_TKU, kv_segments_T = (pad(x, 0, blocks.keys) for x in (k_TKH, v_TKU, kv_segments_T))
   q_segments_IQ = q_segments_S.reshape(-1, blocks.queries)
   first_I, last_I = _ranges(q_segments_IQ, kv_segments_T.reshape(-1, blocks.keys), shared)
   return _Row(

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from slmjax.errors import UserError
 from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_gpu_kernels, ranges, visible
+from slmjax.kernels.attention.blocks import round_up
 from slmjax.kernels.attention.online_softmax import delta
 from slmjax.kernels.attention.pallas_gpu_kernels import NARROWEST, Sizes, Static, Tile
 
@@ -213,15 +214,11 @@ def _pad(x: jax.Array, length: int, value: int = 0) -> jax.Array:
   return jnp.pad(x, widths, constant_values=value)
 
 
-def _round_up(x: int, multiple: int) -> int:
-  return -(-x // multiple) * multiple
-
-
 def _prepare(options: _Options, shared: _Shared, *batched: jax.Array) -> _Inputs:
   q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT = batched
   # Blocks are powers of two, so that what the largest divides all do.
-  S = _round_up(q_BSNH.shape[1], max(tile.queries for tile in options.tiles))
-  T = _round_up(k_BTKH.shape[1], max(tile.keys for tile in options.tiles))
+  S = round_up(q_BSNH.shape[1], max(tile.queries for tile in options.tiles))
+  T = round_up(k_BTKH.shape[1], max(tile.keys for tile in options.tiles))
   ids = (_pad(q_segments_BS, S), _pad(kv_segments_BT, T))
   return _Inputs(q_BSNH, k_BTKH, v_BTKU, *ids, shared)
 
@@ -247,7 +244,7 @@ def _specs(static: Static, inputs: _Inputs, own: str) -> dict[str, pl.BlockSpec]
   """
   (Q, P), (_, _, G, H, U) = static.tile[:2], static.sizes
   S, T = inputs.q_segments_BS.shape[1], inputs.kv_segments_BT.shape[1]
-  H, U = _round_up(H, NARROWEST), _round_up(U, NARROWEST)
+  H, U = round_up(H, NARROWEST), round_up(U, NARROWEST)
   spec = pl.BlockSpec
   if own == "queries":
     last = S // Q - 1  # programs start with it, see the kernels

@@ -24,8 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from slmjax.errors import UserError
 from slmjax.kernels import manual
 from slmjax.kernels.attention import pallas_tpu_kernels, visible
+from slmjax.kernels.attention.blocks import Blocks, pad, round_up
 from slmjax.kernels.attention.online_softmax import HIDDEN, delta
-from slmjax.kernels.attention.pallas_tpu_kernels import LANES, LOG2_E, Blocks, Static
+from slmjax.kernels.attention.pallas_tpu_kernels import LANES, LOG2_E, Static
 
 # Of the 64 MiB that a core of v5p has for one kernel; v5e and v6e have 128. The compiler's own
 # limit is 16 MiB.
@@ -111,11 +112,7 @@ def refusal(q_BSNH: jax.Array, k_BTKH: jax.Array, v_BTKU: jax.Array, blocks: Blo
 def _even_block(length: int, largest: int) -> int:
   """The smallest block, in whole registers, of which as few are enough as of the largest."""
   blocks = -(-length // largest)
-  return _round_up(-(-length // blocks), LANES)
-
-
-def _round_up(x: int, multiple: int) -> int:
-  return -(-x // multiple) * multiple
+  return round_up(-(-length // blocks), LANES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -161,16 +158,9 @@ def _backward(
 _attention.defvjp(_forward, _backward)
 
 
-def _pad(x: jax.Array, axis: int, block: int) -> jax.Array:
-  """Zeros up to a whole number of blocks: segment 0, which sees nothing and is not seen."""
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, -x.shape[axis] % block)
-  return jnp.pad(x, widths)
-
-
 def _heads_first(x_BSNX: jax.Array, kv_heads: int, block: int) -> jax.Array:
   """[B, S, N, X] as [B, K, G, S, X], padded to whole blocks."""
-  x_BNSX = jnp.swapaxes(_pad(x_BSNX, 1, block), 1, 2)
+  x_BNSX = jnp.swapaxes(pad(x_BSNX, 1, block), 1, 2)
   B, N, S, X = x_BNSX.shape
   return x_BNSX.reshape(B, kv_heads, N // kv_heads, S, X)
 
@@ -184,7 +174,7 @@ def _heads_last(x_BKGSX: jax.Array, length: int) -> jax.Array:
 def _prepare(static: Static, shared: _Shared, *batched: jax.Array) -> _Inputs:
   q_BSNH, k_BTKH, v_BTKU, q_segments_BS, kv_segments_BT = batched
   Q, P = static.blocks
-  q_segments_BS, kv_segments_BT = _pad(q_segments_BS, 1, Q), _pad(kv_segments_BT, 1, P)
+  q_segments_BS, kv_segments_BT = pad(q_segments_BS, 1, Q), pad(kv_segments_BT, 1, P)
   B, K = q_BSNH.shape[0], k_BTKH.shape[2]
   visible_BIJ = jax.vmap(visible.visible_blocks, in_axes=(0, 0, None, None))(
     q_segments_BS.reshape(B, -1, Q),
@@ -195,8 +185,8 @@ def _prepare(static: Static, shared: _Shared, *batched: jax.Array) -> _Inputs:
   window = shared.q_start if shared.window is None else shared.window
   return _Inputs(
     q_BKGSH=_heads_first(q_BSNH, K, Q),
-    k_BKTH=jnp.swapaxes(_pad(k_BTKH, 1, P), 1, 2),
-    v_BKTU=jnp.swapaxes(_pad(v_BTKU, 1, P), 1, 2),
+    k_BKTH=jnp.swapaxes(pad(k_BTKH, 1, P), 1, 2),
+    v_BKTU=jnp.swapaxes(pad(v_BTKU, 1, P), 1, 2),
     # Padding's queries get an id that no key has, so that kernels compare ids and nothing else.
     q_segments_B1S=jnp.where(q_segments_BS > 0, q_segments_BS, -1)[:, None],
     kv_segments_B1T=kv_segments_BT[:, None],
@@ -211,7 +201,7 @@ def _key_ranges(static: Static, inputs: _Inputs) -> list[_Inputs]:
   P = static.blocks.keys
   J, (H, U) = inputs.visible_BIJ.shape[2], (inputs.k_BKTH.shape[3], inputs.v_BKTU.shape[3])
   # Sums in float32, and two buffers of the result: while one leaves, the next row is computed.
-  lanes = _round_up(H, LANES) + _round_up(U, LANES)
+  lanes = round_up(H, LANES) + round_up(U, LANES)
   per_block = P * lanes * (4 + 2 * inputs.k_BKTH.dtype.itemsize)
   most = max(1, _VMEM_OF_KEYS // per_block)
   even = math.ceil(J / math.ceil(J / most))

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 
 from slmjax.kernels import capping
 from slmjax.kernels.attention import visible
+from slmjax.kernels.attention.blocks import Blocks
 from slmjax.kernels.attention.online_softmax import HIDDEN
 
 LANES = 128
@@ -33,13 +34,6 @@ LOG2_E = math.log2(math.e)
 # keep the matrix units busy, and no more scores than it can keep near.
 _FORWARD_ROWS = 512
 _BACKWARD_ROWS = 2048
-
-
-class Blocks(NamedTuple):
-  """Positions per block of queries and of keys, at most."""
-
-  queries: int
-  keys: int
 
 
 class Static(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from slmjax.durable import write_atomically
 from slmjax.errors import UserError
-from slmjax.kernels.attention.pallas_tpu_kernels import Blocks
+from slmjax.kernels.attention.blocks import Blocks
 
 TABLE = Path(__file__).with_name("tiles.json")
 
